@@ -1,0 +1,254 @@
+"""The attention core: one function of positions and segments for training, prefill and decode.
+
+Whether a query sees a key is decided by `mask.visible` alone. The blockwise form (an online
+softmax, as in FlashAttention, https://arxiv.org/abs/2205.14135) never holds all scores at once and
+leaves out the blocks of keys that no query of a block can see, wherever these lie; the dense form
+is the same in one piece.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from llama4_eqx.layers.mask import Places, visible
+
+# Fastest on CPUs for causal and for chunk-local layers: larger blocks leave the cache and straddle
+# more chunks, smaller ones make poor matrix products.
+BLOCK = 256
+
+# Below every score but finite: a maximum that may meet scores of -inf without making NaN.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+Queries = Float[Array, "batch heads q_seq head_dim"]
+Keys = Float[Array, "batch kv_heads kv_seq head_dim"]
+
+
+def attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    queries: Places,
+    keys: Places,
+    *,
+    chunk_size: int | None,
+    scale: float,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+) -> Queries:
+    """Softmax attention of each query over the keys that it sees; zeros where it sees none.
+
+    Query heads share key heads in equal runs (grouped-query attention). Scores and softmax are
+    in float32. `dropout` drops single probabilities, and only if a `key` is given.
+    """
+    small = q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2
+    form = dense_attention if small else blockwise_attention
+    return form(
+        q, k, v, queries, keys, chunk_size=chunk_size, scale=scale, dropout=dropout, key=key
+    )
+
+
+def dense_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    queries: Places,
+    keys: Places,
+    *,
+    chunk_size: int | None,
+    scale: float,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+) -> Queries:
+    """`attention` in one piece: best for small problems, and what the blockwise form must equal
+    (with dropout: when that has a single block)."""
+    settings = _Settings(chunk_size, scale, dropout)
+    scores = _scores(settings, _grouped(q, k), k, queries, keys)
+    top = lax.stop_gradient(scores.max(-1, keepdims=True, initial=LOWEST))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    kept = _drop(settings, weights, key, 0, 0)
+    out = _product("bkgqs,bksd->bkgqd", kept.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def blockwise_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    queries: Places,
+    keys: Places,
+    *,
+    chunk_size: int | None,
+    scale: float,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    blocks: tuple[int, int] = (BLOCK, BLOCK),
+) -> Queries:
+    """`attention` by blocks of queries and keys, in memory linear in the lengths; forward and
+    reverse-mode derivatives only visit pairs of blocks in which something may be seen."""
+    q_block, kv_block = min(blocks[0], q.shape[2]), min(blocks[1], k.shape[2])
+    out = _blockwise(
+        _Settings(chunk_size, scale, dropout),
+        _split(_grouped(q, k), q_block, axis=3),
+        _split(k, kv_block, axis=2),
+        _split(v, kv_block, axis=2),
+        jax.tree.map(lambda x: _split(x, q_block, axis=1, fill=-1), queries),
+        jax.tree.map(lambda x: _split(x, kv_block, axis=1, fill=-1), keys),
+        key,
+    )
+    batch, heads, q_seq, head_dim = q.shape
+    return jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, head_dim)[:, :, :q_seq]
+
+
+class _Settings(NamedTuple):
+    chunk_size: int | None
+    scale: float
+    dropout: float
+
+
+def _grouped(q: Queries, k: Keys) -> Float[Array, "batch kv_heads group q_seq head_dim"]:
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    return q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
+
+
+def _split(x: Array, block: int, axis: int, fill: int = 0) -> Array:
+    """Cuts an axis into blocks, the last one filled up; the number of the block comes first."""
+    padding = [(0, -size % block if i == axis else 0) for i, size in enumerate(x.shape)]
+    x = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _product(subscripts: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _scores(settings: _Settings, q: Array, k: Array, queries: Places, keys: Places) -> Array:
+    seen = visible(queries, keys, settings.chunk_size)[:, None, None]
+    return jnp.where(seen, _product("bkgqd,bksd->bkgqs", q, k) * settings.scale, -jnp.inf)
+
+
+def _drop(
+    settings: _Settings, x: Array, key: PRNGKeyArray | None, i: int | Array, j: int | Array
+) -> Array:
+    """Dropout of what belongs to a pair of blocks: the same entries whenever it is visited."""
+    if key is None or settings.dropout == 0.0:
+        return x
+    pair_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+    kept = jax.random.bernoulli(pair_key, 1 - settings.dropout, x.shape)
+    return jnp.where(kept, x / (1 - settings.dropout), 0.0)
+
+
+def _visits(
+    queries: Places, keys: Places, chunk_size: int | None
+) -> tuple[Int[Array, "q_blocks kv_blocks"], Int[Array, " q_blocks"]]:
+    """For each block of queries: the blocks of keys with those that it must visit first, and how
+    many these are. The others lie, in every row of the batch, outside the ranges of positions and
+    segments that its queries see. The order of the keys doesn't matter: a cache may be a ring.
+    """
+
+    def low(x: Array, of: Places) -> Array:
+        return jnp.where(of.segments < 0, jnp.iinfo(x.dtype).max, x).min(-1)
+
+    def high(x: Array, of: Places) -> Array:
+        return jnp.where(of.segments < 0, jnp.iinfo(x.dtype).min, x).max(-1)
+
+    last = high(queries.positions, queries)[:, None]
+    first_document = low(queries.segments, queries)[:, None]
+    last_document = high(queries.segments, queries)[:, None]
+    visit = low(keys.positions, keys) <= last
+    visit &= low(keys.segments, keys) <= last_document
+    visit &= high(keys.segments, keys) >= first_document
+    if chunk_size is not None:
+        chunk_starts = queries.positions - queries.positions % chunk_size
+        visit &= high(keys.positions, keys) >= low(chunk_starts, queries)[:, None]
+    visit = visit.any(-1)
+    return jnp.argsort(~visit, axis=-1, stable=True), visit.sum(-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(
+    settings: _Settings,
+    q: Float[Array, "q_blocks batch kv_heads group q_block head_dim"],
+    k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    queries: Places,
+    keys: Places,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "q_blocks batch kv_heads group q_block head_dim"]:
+    return _forward(settings, q, k, v, queries, keys, key)[0]
+
+
+def _forward(settings, q, k, v, queries, keys, key):
+    def attend(block):
+        i, q_i, queries_i, visits, count = block
+
+        def visit(n, state):
+            out, top, total = state
+            j = visits[n]
+            scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
+            new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(-1, keepdims=True)
+            kept = _drop(settings, weights, key, i, j).astype(v.dtype)
+            out = out * shrink + _product("bkgqs,bksd->bkgqd", kept, v[j])
+            return out, new_top, total
+
+        zeros = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
+        start = jnp.zeros(q_i.shape, jnp.float32), zeros + LOWEST, zeros
+        out, top, total = lax.fori_loop(0, count, visit, start)
+        # An infinite logsumexp gives a query without keys probabilities of 0 in the backward pass.
+        logsumexp = jnp.where(total == 0, jnp.inf, top + jnp.log(total))
+        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype), logsumexp
+
+    numbers = jnp.arange(q.shape[0])
+    visits = _visits(queries, keys, settings.chunk_size)
+    out, logsumexp = lax.map(attend, (numbers, q, queries, *visits))
+    return out, (q, k, v, queries, keys, key, out, logsumexp)
+
+
+def _backward(settings, residuals, d_out):
+    q, k, v, queries, keys, key, out, logsumexp = residuals
+
+    def attend(d_keys, block):
+        i, q_i, queries_i, out_i, logsumexp_i, d_out_i, visits, count = block
+        # What the softmax's derivative subtracts: the mean of the derivatives of its row.
+        mean = out_i.astype(jnp.float32) * d_out_i.astype(jnp.float32)
+        mean = mean.sum(-1, keepdims=True)
+
+        def visit(n, state):
+            d_q_i, d_k, d_v = state
+            j = visits[n]
+            scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
+            weights = jnp.exp(scores - logsumexp_i)
+            kept = _drop(settings, weights, key, i, j).astype(v.dtype)
+            d_v_j = _product("bkgqs,bkgqd->bksd", kept, d_out_i)
+            d_weights = _product("bkgqd,bksd->bkgqs", d_out_i, v[j])
+            d_scores = weights * (_drop(settings, d_weights, key, i, j) - mean)
+            d_scores = (d_scores * settings.scale).astype(q.dtype)
+            d_q_i += _product("bkgqs,bksd->bkgqd", d_scores, k[j])
+            d_k_j = _product("bkgqs,bkgqd->bksd", d_scores, q_i)
+            return d_q_i, d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)
+
+        start = jnp.zeros(q_i.shape, jnp.float32), *d_keys
+        d_q_i, *d_keys = lax.fori_loop(0, count, visit, start)
+        return tuple(d_keys), d_q_i.astype(q.dtype)
+
+    numbers = jnp.arange(q.shape[0])
+    visits = _visits(queries, keys, settings.chunk_size)
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    blocks = (numbers, q, queries, out, logsumexp, d_out, *visits)
+    (d_k, d_v), d_q = lax.scan(attend, zeros, blocks)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _at(places: Places, j: Int[Array, ""]) -> Places:
+    return jax.tree.map(lambda x: x[j], places)

@@ -1,0 +1,85 @@
+"""The mixture of experts: each token runs through its `top_k` experts and a shared one."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from llama4_eqx.layers.grouped import grouped_mlp
+from llama4_eqx.layers.mlp import MLP
+
+
+class Experts(eqx.Module):
+    """A SwiGLU network per expert; `gate_up_proj[:, :, 0]` are the gates, `[:, :, 1]` the ups."""
+
+    gate_up_proj: Float[Array, "experts hidden 2 ff"]
+    down_proj: Float[Array, "experts ff hidden"]
+
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        ff: int,
+        *,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        gate_up_key, down_key = jax.random.split(key)
+        init = normal(init_std)
+        self.gate_up_proj = init(gate_up_key, (experts, hidden, 2, ff), dtype)
+        self.down_proj = init(down_key, (experts, ff, hidden), dtype)
+
+    def __call__(
+        self, rows: Float[Array, "tokens hidden"], group_sizes: Int[Array, "experts"]
+    ) -> Float[Array, "tokens hidden"]:
+        return grouped_mlp(rows, self.gate_up_proj, self.down_proj, group_sizes)
+
+
+class MoE(eqx.Module):
+    """`shared(x) + Σ_k expert_k(sigmoid(logit_k) · x)` over the `top_k` largest router logits.
+
+    The score scales the expert's *input*, which differs from scaling its output; scores are not
+    renormalised; every token reaches all its experts, none is dropped.
+    """
+
+    router: Float[Array, "experts hidden"]
+    experts: Experts
+    shared_expert: MLP
+    top_k: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        ff: int,
+        *,
+        top_k: int,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        router_key, experts_key, shared_key = jax.random.split(key, 3)
+        self.router = normal(init_std)(router_key, (experts, hidden), dtype)
+        self.experts = Experts(experts, hidden, ff, init_std=init_std, dtype=dtype, key=experts_key)
+        self.shared_expert = MLP(hidden, ff, init_std=init_std, dtype=dtype, key=shared_key)
+        self.top_k = top_k
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"]
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
+        """The layer's output, and the router's logits."""
+        logits = jnp.einsum("...d,ed->...e", x, self.router)
+        top_logits, chosen = jax.lax.top_k(logits, self.top_k)
+        scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
+        scaled = x[..., None, :] * scores[..., None]  # "*batch top_k hidden"
+
+        expert_of_row = chosen.reshape(-1)
+        order = jnp.argsort(expert_of_row)
+        group_sizes = jnp.bincount(expert_of_row, length=self.router.shape[0])
+        sorted_rows = scaled.reshape(-1, x.shape[-1]).at[order].get(unique_indices=True)
+        sorted_out = self.experts(sorted_rows, group_sizes)
+        routed = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
+        return self.shared_expert(x) + routed.reshape(scaled.shape).sum(-2), logits

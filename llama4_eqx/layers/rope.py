@@ -1,0 +1,58 @@
+"""Rotary position embeddings: interleaved pairs (x0, x1), (x2, x3), … turned in float32."""
+
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class Rotation(eqx.Module):
+    """By which angle each pair of each token turns, as cosine and sine."""
+
+    cos: Float[Array, "*batch seq pairs"]
+    sin: Float[Array, "*batch seq pairs"]
+
+    def __call__(
+        self, x: Float[Array, "*batch seq heads head_dim"]
+    ) -> Float[Array, "*batch seq heads head_dim"]:
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        even, odd = pairs[..., 0], pairs[..., 1]
+        cos, sin = self.cos[..., None, :], self.sin[..., None, :]
+        turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return turned.reshape(x.shape).astype(x.dtype)
+
+
+class RotaryEmbedding(eqx.Module):
+    """Turns pair `i` of a token at position `p` by `p · theta^(-2i / head_dim)`, or slower where
+    `factor` stretches it: Llama 3's scaling for contexts beyond the one trained on.
+
+    No array is stored: angles follow from positions, in float32 as the reference has them.
+    """
+
+    head_dim: int = eqx.field(static=True)
+    theta: float = eqx.field(static=True)
+    factor: float = eqx.field(static=True, default=1.0)
+    low_freq_factor: float = eqx.field(static=True, default=1.0)
+    high_freq_factor: float = eqx.field(static=True, default=1.0)
+    original_max_positions: int = eqx.field(static=True, default=1)
+
+    def frequencies(self) -> np.ndarray:
+        """Radians per position of each pair."""
+        # Rounded to float32 where the reference rounds, with an exact power: at position 10⁶ one bit
+        # of a frequency is a tenth of a radian.
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        frequencies = 1 / (self.theta ** exponents.astype(np.float64)).astype(np.float32)
+        # How often a pair turns round within the original context decides how it is stretched.
+        turns = self.original_max_positions * frequencies / np.float32(2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low == high:  # as Scout has it: no band between, so nothing to blend (and no 0 / 0)
+            kept = (turns >= low).astype(np.float32)
+        else:
+            kept = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+        return frequencies * kept + frequencies * (1 - kept) / np.float32(self.factor)
+
+    def __call__(self, positions: Int[Array, "*batch seq"]) -> Rotation:
+        angles = positions[..., None].astype(jnp.float32) * self.frequencies()
+        return Rotation(jnp.cos(angles), jnp.sin(angles))

@@ -1,0 +1,148 @@
+"""The whole model: tokens in, logits out."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from llama4_eqx.config import Llama4Config
+from llama4_eqx.decoder import Decoder
+from llama4_eqx.layers.cache import Filled, KVCache
+from llama4_eqx.layers.mask import Places
+from llama4_eqx.layers.mask import places as make_places
+
+
+class Output(eqx.Module):
+    """What a forward call gives; always all three."""
+
+    logits: Float[Array, "*batch seq vocab"]
+    cache: KVCache | None
+    router_logits: Float[Array, "layers *batch seq experts"]
+
+
+class Llama4(eqx.Module):
+    """Llama 4. Every array leaf is a parameter; each is the checkpoint's tensor but for its shape."""
+
+    embed_tokens: Float[Array, "vocab hidden"]
+    decoder: Decoder
+    lm_head: Float[Array, "vocab hidden"] | None
+    config: Llama4Config = eqx.field(static=True)
+
+    def __init__(
+        self, config: Llama4Config, *, dtype: DTypeLike = jnp.float32, key: PRNGKeyArray
+    ) -> None:
+        """A model with random weights. For the shapes alone, at any size, wrap the call in
+        `eqx.filter_eval_shape`."""
+        embed_key, decoder_key, head_key = jax.random.split(key, 3)
+        text = config.text_config
+        init, shape = normal(text.initializer_range), (text.vocab_size, text.hidden_size)
+        self.embed_tokens = init(embed_key, shape, dtype)
+        self.decoder = Decoder(text, dtype=dtype, key=decoder_key)
+        self.lm_head = None if text.tie_word_embeddings else init(head_key, shape, dtype)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Int[Array, "*batch seq"],
+        *,
+        mask: Bool[Array, "*batch seq"] | None = None,
+        positions: Int[Array, "*batch seq"] | None = None,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        cache: KVCache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """The logits of each token's successor.
+
+        `mask` is True at real tokens: pad on any side. `segment_ids` packs documents into a row: each
+        is a run of one non-negative id, sees only itself and counts its positions from 0. `positions`
+        overrides the count from each row's (or document's) first real token. With a `cache`, the
+        tokens continue what it holds. With a `key`, dropout is on.
+
+        Raises a `ValueError` for arguments that exclude each other, and at run time for a token
+        outside the vocabulary or a cache too small.
+        """
+        hidden, cache, router_logits = self.hidden_states(
+            tokens, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, key=key
+        )
+        return Output(self.unembed(hidden), cache, router_logits)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "*batch seq"],
+        *,
+        mask: Bool[Array, "*batch seq"] | None = None,
+        positions: Int[Array, "*batch seq"] | None = None,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        cache: KVCache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[
+        Float[Array, "*batch seq hidden"],
+        KVCache | None,
+        Float[Array, "layers *batch seq experts"],
+    ]:
+        """All of `__call__` but the last product, for those who need few of the logits."""
+        tokens = _inside_vocabulary(tokens, self.embed_tokens.shape[0])
+        if cache is None:
+            places = make_places(
+                tokens.shape, mask=mask, segment_ids=segment_ids, positions=positions
+            )
+            filled = None
+        else:
+            if segment_ids is not None or positions is not None:
+                raise ValueError(
+                    "A cache decides positions itself, so it excludes positions and segment_ids: "
+                    "prefill each document as a row of its own, and pass start= to empty_cache "
+                    "to begin at a later position."
+                )
+            places, filled, cache = _continue(cache, tokens.shape, mask)
+        embedded = self.embed_tokens[tokens]
+        return self.decoder(embedded, places, cache, filled, key=key)
+
+    def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Logits of final hidden states."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum("...d,vd->...v", hidden, head)
+
+    def empty_cache(
+        self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0
+    ) -> KVCache:
+        """A cache for rows of at most `capacity` real tokens, the first at position `start`.
+
+        Global layers keep every token, chunk-local ones a chunk at most.
+        """
+        return self.decoder.empty_cache(batch_shape, capacity, start=start)
+
+    def unstacked(self) -> "Llama4":
+        """The same model with each layer's weights as arrays of their own; see `Decoder.unstacked`."""
+        return eqx.tree_at(lambda model: model.decoder, self, self.decoder.unstacked())
+
+
+def _inside_vocabulary(tokens: Int[Array, "*batch seq"], vocab: int) -> Int[Array, "*batch seq"]:
+    outside = jnp.any((tokens < 0) | (tokens >= vocab))
+    return eqx.error_if(
+        tokens, outside, f"A token id is outside the vocabulary: ids go from 0 to {vocab - 1}."
+    )
+
+
+def _continue(
+    cache: KVCache, shape: tuple[int, ...], mask: Bool[Array, "*batch seq"] | None
+) -> tuple[Places, Filled, KVCache]:
+    """Where new tokens stand after those in the cache, and the cache with them counted."""
+    if cache.length.shape != shape[:-1]:
+        raise ValueError(
+            f"The cache was made for the batch shape {cache.length.shape}, but the tokens have "
+            f"{shape[:-1]}."
+        )
+    before = cache.start + cache.length
+    places = make_places(shape, mask=mask, start=before)
+    length = cache.length + jnp.sum(places.segments >= 0, axis=-1, dtype=jnp.int32)
+    length = eqx.error_if(
+        length,
+        jnp.any(length > cache.capacity),
+        f"The cache holds {cache.capacity} tokens of a row, and a row would need more: make it "
+        "larger with model.empty_cache(batch_shape, capacity).",
+    )
+    filled = Filled(cache.start, before, cache.start + length)
+    return places, filled, eqx.tree_at(lambda c: c.length, cache, length)

@@ -1,0 +1,66 @@
+"""Toy configs in which every rule of the model bites within 64 tokens, and the oracle's models."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import transformers
+
+from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig
+
+SCOUT = Llama4Config.tiny().text_config
+MAVERICK = replace(
+    SCOUT, rope_scaling=None, use_qk_norm=False, interleave_moe_layer_step=2, num_local_experts=8
+)
+TOYS: dict[str, TextConfig] = {
+    "scout": SCOUT,
+    "maverick": MAVERICK,
+    "irregular": replace(
+        MAVERICK,
+        use_qk_norm=True,
+        no_rope_layers=(1, 0, 0, 1, 1, 1, 0, 1, 1),
+        moe_layers=(0, 3, 4, 8),
+        num_hidden_layers=9,
+    ),
+    "tail": replace(SCOUT, num_hidden_layers=11),
+    "top-2": replace(MAVERICK, num_experts_per_tok=2),
+    "bias": replace(SCOUT, attention_bias=True),
+    "tied": replace(SCOUT, tie_word_embeddings=True),
+    "mha": replace(SCOUT, num_key_value_heads=4, head_dim=24),
+    "mqa": replace(MAVERICK, num_key_value_heads=1),
+    "scaled-1-4": replace(SCOUT, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
+    "layer-types": replace(
+        SCOUT,
+        layer_types=("full_attention", "chunked_attention", "chunked_attention") * 3,
+        num_hidden_layers=9,
+    ),
+    "dense": replace(SCOUT, moe_layers=()),
+    "unchunked": replace(SCOUT, attention_chunk_size=None, attn_temperature_tuning=False),
+}
+
+
+def reference_model(config: TextConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """`transformers`' model of the config, with random weights large enough that all rules show."""
+    torch.manual_seed(seed)
+    hf_config = transformers.Llama4TextConfig(**config.to_hf(), attn_implementation="eager")
+    model = transformers.Llama4ForCausalLM(hf_config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "router" in name or "lm_head" in name or "embed" in name:
+                parameter.normal_(std=1.0 / parameter.shape[-1] ** 0.5 * 4)
+            else:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def random_tokens(*shape: int, vocab: int = 256, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, vocab, shape, dtype=np.int32)
+
+
+def relative_error(value, truth) -> float:
+    """The largest error over the largest magnitude of the truth."""
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    assert value.shape == truth.shape
+    return float(np.abs(value - truth).max() / np.abs(truth).max())
