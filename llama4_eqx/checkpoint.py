@@ -48,8 +48,8 @@ def load_checkpoint(
     `dtype` is that of the parameters: the file's own where None (on a CPU, float32 is faster).
     `progress` shows a bar (needs tqdm); None shows it where stderr is a terminal.
 
-    Raises `CheckpointError` with every missing, surplus, misshapen or damaged tensor before anything
-    is loaded.
+    Raises `CheckpointError` with every missing, surplus, misshapen or damaged tensor before
+    anything is loaded.
     """
     folder = Path(folder)
     config = Llama4Config.from_hf(folder)
@@ -64,14 +64,15 @@ def load_checkpoint(
     for name, header in found.items():
         by_file[header.file].append(wanted[name])
     shaped, structure = jax.tree.flatten(shapes)
-    leaves = [None] * len(shaped)
+    leaves: list[Array | None] = [None] * len(shaped)
     reading = _with_bar(_read(by_file), len(wanted), f"Loading {folder.name}", progress)
     for tensor, value in reading:
         i, layer = tensor.leaf, tensor.stack_index
         if layer is None:
             leaves[i] = jnp.asarray(value.reshape(shaped[i].shape), dtypes[i])
         else:
-            stack = jnp.zeros(shaped[i].shape, dtypes[i]) if leaves[i] is None else leaves[i]
+            stack = leaves[i]
+            stack = jnp.zeros(shaped[i].shape, dtypes[i]) if stack is None else stack
             leaves[i] = _put(stack, layer, value.reshape(shaped[i].shape[1:]))
     return jax.tree.unflatten(structure, leaves)
 

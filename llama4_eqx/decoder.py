@@ -1,4 +1,5 @@
-"""The stack of decoder layers: a repeating cycle, stacked and scanned, and whatever is left over."""
+"""The stack of decoder layers: a repeating cycle, stacked and scanned, and whatever is left
+over."""
 
 import equinox as eqx
 import jax
@@ -124,7 +125,8 @@ class DecoderBlock(eqx.Module):
         tuple[LayerCache, ...] | None,
         tuple[Float[Array, "*batch seq experts"], ...],
     ]:
-        """The last layer's output, each layer's cache, and each mixture of experts' router logits."""
+        """The last layer's output, each layer's cache, and each mixture of experts' router
+        logits."""
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         router_logits, new_caches = [], []
         for i, layer in enumerate(self.layers):
@@ -141,8 +143,8 @@ class Decoder(eqx.Module):
 
     `blocks` holds the repeats of the smallest cycle of the layer pattern: one `DecoderBlock` whose
     leaves are stacked along a leading `layers` axis, run by `lax.scan` so that compile time doesn't
-    grow with depth. `tail` holds the layers left over, run one by one: those that don't fill a cycle,
-    all of an irregular pattern, or all of an `unstacked` decoder.
+    grow with depth. `tail` holds the layers left over, run one by one: those that don't fill a
+    cycle, all of an irregular pattern, or all of an `unstacked` decoder.
     """
 
     blocks: DecoderBlock | None
@@ -187,7 +189,8 @@ class Decoder(eqx.Module):
         KVCache | None,
         Float[Array, "layers *batch seq experts"],
     ]:
-        """The normed hidden states, the cache, and the router's logits of each MoE layer in turn."""
+        """The normed hidden states, the cache, and the router's logits of each MoE layer in
+        turn."""
         blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
         rotation = self.rope(places.positions)
         caches = None if cache is None else cache.blocks
@@ -234,8 +237,9 @@ class Decoder(eqx.Module):
         return [layer for block in (*repeats, self.tail) for layer in block.layers]
 
     def unstacked(self) -> "Decoder":
-        """The same decoder with every layer in `tail`. Costs compile time in proportion to depth; on a
-        CPU it decodes much faster, since a scan copies each layer's weights before using them."""
+        """The same decoder with every layer in `tail`. Costs compile time in proportion to depth;
+        on a CPU it decodes much faster, since a scan copies each layer's weights before using
+        them."""
         tail = eqx.tree_at(lambda block: block.layers, self.tail, tuple(self.layers()))
         return eqx.tree_at(
             lambda d: (d.blocks, d.tail), self, (None, tail), is_leaf=lambda leaf: leaf is None
@@ -270,7 +274,8 @@ class Decoder(eqx.Module):
 
 
 def layer_cycle(config: TextConfig) -> int:
-    """The length of the smallest cycle that the layer pattern repeats, the last time perhaps in part."""
+    """The length of the smallest cycle that the layer pattern repeats, the last time perhaps in
+    part."""
     kinds = [
         (config.layer_is_nope(i), config.layer_is_moe(i), config.layer_chunk_size(i))
         for i in range(config.num_hidden_layers)

@@ -1,6 +1,7 @@
 """From a prompt to text: prefill, single steps, and the whole loop on the device."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -21,20 +22,21 @@ def prefill(
     *,
     mask: Bool[Array, "*batch seq"] | None = None,
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
-    """Reads a prompt, or its next piece: the logits after each row's last real token, and the cache.
+    """Reads a prompt, or its next piece: the logits after each row's last real token, and the
+    cache.
 
-    `mask` is True at real tokens, on whichever side the padding is. A long prompt may come in pieces,
-    each with the cache that the last one returned. Of a row without a real token the logits mean
-    nothing.
+    `mask` is True at real tokens, on whichever side the padding is. A long prompt may come in
+    pieces, each with the cache that the last one returned. Of a row without a real token the logits
+    mean nothing.
     """
-    hidden, cache, _ = model.hidden_states(tokens, mask=mask, cache=cache)
+    hidden, longer, _ = model.hidden_states(tokens, mask=mask, cache=cache)
     if mask is None:
         last = hidden[..., -1, :]
     else:
         seq = tokens.shape[-1]
         index = seq - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
         last = jnp.take_along_axis(hidden, index[..., None, None], axis=-2)[..., 0, :]
-    return model.unembed(last), cache
+    return model.unembed(last), cast(KVCache, longer)
 
 
 @eqx.filter_jit
@@ -43,7 +45,7 @@ def decode_step(
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
     """Reads one token a row: the logits of the next, and the cache."""
     output = model(token[..., None], cache=cache)
-    return output.logits[..., 0, :], output.cache
+    return output.logits[..., 0, :], cast(KVCache, output.cache)
 
 
 def generate(
@@ -58,9 +60,10 @@ def generate(
 ) -> Int[Array, "*batch new"]:
     """The continuation of each prompt, `max_new_tokens` long.
 
-    Compiled once for each shape; the loop runs on the device and ends early when every row has met one
-    of the `stop_ids`. A stopped row repeats its stop id to the end. Prompts of different lengths share
-    a batch with a `mask`. `key` is needed by samplers that draw. On a CPU, pass `model.unstacked()`.
+    Compiled once for each shape; the loop runs on the device and ends early when every row has met
+    one of the `stop_ids`. A stopped row repeats its stop id to the end. Prompts of different
+    lengths share a batch with a `mask`. `key` is needed by samplers that draw. On a CPU, pass
+    `model.unstacked()`.
     """
     _check_request(max_new_tokens, sampler, key)
     key = jax.random.key(0) if key is None else key
@@ -77,7 +80,8 @@ def stream(
     key: PRNGKeyArray | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Iterator[Int[Array, "*batch"]]:
-    """The same tokens as `generate`, each as soon as it is known; ends when every row has stopped."""
+    """The same tokens as `generate`, each as soon as it is known; ends when every row has
+    stopped."""
     _check_request(max_new_tokens, sampler, key)
     key = jax.random.key(0) if key is None else key
     state, cache = _begin(model, tokens, max_new_tokens, mask, sampler, key, tuple(stop_ids))

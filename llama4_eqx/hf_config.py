@@ -86,8 +86,9 @@ def top_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]
 def written(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A config's fields as the releases spell them."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-    if plain.get("rope_scaling") is not None:
-        plain["rope_scaling"] = {"rope_type": "llama3", **plain["rope_scaling"]}
+    scaling = plain.get("rope_scaling")
+    if isinstance(scaling, dict):
+        plain["rope_scaling"] = {"rope_type": "llama3", **scaling}
     # Absent means "the default" to every reader; null is refused by some.
     return {k: v for k, v in plain.items() if v is not None or k not in _PER_LAYER}
 

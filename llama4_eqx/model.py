@@ -23,7 +23,8 @@ class Output(eqx.Module):
 
 
 class Llama4(eqx.Module):
-    """Llama 4. Every array leaf is a parameter; each is the checkpoint's tensor but for its shape."""
+    """Llama 4. Every array leaf is a parameter; each is the checkpoint's tensor but for its
+    shape."""
 
     embed_tokens: Float[Array, "vocab hidden"]
     decoder: Decoder
@@ -55,10 +56,10 @@ class Llama4(eqx.Module):
     ) -> Output:
         """The logits of each token's successor.
 
-        `mask` is True at real tokens: pad on any side. `segment_ids` packs documents into a row: each
-        is a run of one non-negative id, sees only itself and counts its positions from 0. `positions`
-        overrides the count from each row's (or document's) first real token. With a `cache`, the
-        tokens continue what it holds. With a `key`, dropout is on.
+        `mask` is True at real tokens: pad on any side. `segment_ids` packs documents into a row:
+        each is a run of one non-negative id, sees only itself and counts its positions from 0.
+        `positions` overrides the count from each row's (or document's) first real token. With a
+        `cache`, the tokens continue what it holds. With a `key`, dropout is on.
 
         Raises a `ValueError` for arguments that exclude each other, and at run time for a token
         outside the vocabulary or a cache too small.
@@ -115,7 +116,8 @@ class Llama4(eqx.Module):
         return self.decoder.empty_cache(batch_shape, capacity, start=start)
 
     def unstacked(self) -> "Llama4":
-        """The same model with each layer's weights as arrays of their own; see `Decoder.unstacked`."""
+        """The same model with each layer's weights as arrays of their own; see
+        `Decoder.unstacked`."""
         return eqx.tree_at(lambda model: model.decoder, self, self.decoder.unstacked())
 
 

@@ -64,7 +64,8 @@ class Sample(Sampler):
         if self.top_p is not None:
             descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
             probabilities = jax.nn.softmax(descending, axis=-1)
-            # A token stays while those likelier than it don't reach top_p yet; the first always does.
+            # A token stays while those likelier than it don't reach top_p yet; the first always
+            # does.
             likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
             kept = (likelier < self.top_p).at[..., 0].set(True)
             least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)

@@ -1,14 +1,13 @@
 """Which tensor of a Hugging Face checkpoint each leaf of the model is.
 
-One table. A leaf equals its tensor but for its shape: parentheses join axes that the checkpoint keeps
-as one. Leaves of stacked layers hold one tensor of each layer. Nothing is transposed.
+One table. A leaf equals its tensor but for its shape: parentheses join axes that the checkpoint
+keeps as one. Leaves of stacked layers hold one tensor of each layer. Nothing is transposed.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 
 from llama4_eqx.model import Llama4

@@ -1,5 +1,7 @@
 """The whole model against `transformers`, weights carried over by checkpoint folders."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,19 +10,98 @@ import pytest
 import torch
 
 import llama4_eqx as l4
-from tests.toys import SCOUT, TOYS, random_tokens, reference_model, relative_error
+from llama4_eqx.tensor_names import tensors
+from tests.toys import MAVERICK, SCOUT, TOYS, random_tokens, reference_model, relative_error
+
+FORMS = {"scanned": lambda model: model, "unrolled": lambda model: model.unstacked()}
 
 
-@pytest.fixture
-def pair(toy_config, tmp_path):
-    reference = reference_model(toy_config)
-    reference.save_pretrained(tmp_path)
-    return reference, l4.load_checkpoint(tmp_path)
+def pair(config, folder, **options):
+    """`transformers`' model and ours with the same weights."""
+    reference = reference_model(config, **options)
+    reference.save_pretrained(folder)
+    return reference, l4.load_checkpoint(folder)
 
 
-def test_logits(pair):
-    reference, model = pair
+def as_torch(tokens):
+    return torch.tensor(np.asarray(tokens), dtype=torch.long)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_logits_and_router_logits(name, tmp_path):
+    reference, model = pair(TOYS[name], tmp_path)
     tokens = random_tokens(2, 61)
     with torch.no_grad():
-        truth = reference(torch.tensor(tokens)).logits
-    assert relative_error(eqx.filter_jit(model)(tokens).logits, truth) < 2e-5
+        truth = reference(as_torch(tokens), output_router_logits=True)
+    output = eqx.filter_jit(model)(tokens)
+    assert relative_error(output.logits, truth.logits) < 2e-5
+    moe_layers = sum(TOYS[name].layer_is_moe(i) for i in range(TOYS[name].num_hidden_layers))
+    assert len(output.router_logits) == len(truth.router_logits or ()) == moe_layers
+    for ours, theirs in zip(output.router_logits, truth.router_logits or (), strict=True):
+        assert relative_error(ours.reshape(theirs.shape), theirs) < 2e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", [SCOUT, MAVERICK], ids=["scout", "maverick"])
+def test_greedy_generation_over_chunk_edges(config, form, tmp_path):
+    reference, model = pair(config, tmp_path)
+    prompt = random_tokens(1, 13)
+    truth = reference.generate(
+        as_torch(prompt), max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0
+    )[:, 13:]
+    new = l4.generate(FORMS[form](model), prompt, max_new_tokens=40)
+    assert len(set(np.asarray(new)[0].tolist())) > 5, "a constant text would show nothing"
+    np.testing.assert_array_equal(new, truth)
+
+
+def test_long_positions(tmp_path):
+    """RoPE's angles and temperature's steps at positions near the end of Maverick's context."""
+    config = replace(MAVERICK, attention_chunk_size=8192, max_position_embeddings=1048576)
+    reference, model = pair(replace(config, attn_temperature_tuning=False), tmp_path)
+    tokens = random_tokens(1, 32)
+    positions = 1_000_000 + jnp.arange(32)[None]
+    with torch.no_grad():
+        truth = reference(as_torch(tokens), position_ids=as_torch(positions)).logits
+    # A float32 angle of 10⁶ radians is known to 0.03, and both round it alike; what is left is
+    # the cosines' own rounding of such an angle.
+    assert relative_error(model(tokens, positions=positions).logits, truth) < 1e-4
+
+
+def test_gradients(tmp_path):
+    reference, model = pair(SCOUT, tmp_path)
+    tokens = random_tokens(2, 40)
+    labels = as_torch(tokens)
+    logits = reference(as_torch(tokens)).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    truth = {name: parameter.grad for name, parameter in reference.named_parameters()}
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(model):
+        log_probabilities = jax.nn.log_softmax(model(tokens).logits[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], -1))
+
+    leaves = jax.tree.leaves(gradient(model))
+    named = tensors(model)
+    assert {tensor.name for tensor in named} == set(truth)
+    for tensor in named:
+        ours = leaves[tensor.leaf]
+        ours = ours if tensor.stack_index is None else ours[tensor.stack_index]
+        # Relative to each tensor's own largest gradient: sums over 80 tokens of either sign.
+        assert relative_error(ours.reshape(tensor.shape), truth[tensor.name]) < 1e-4, tensor.name
+
+
+def test_bfloat16_is_as_exact_as_the_reference(tmp_path):
+    truth_model, _ = pair(SCOUT, tmp_path / "32")
+    rounded, model = pair(SCOUT, tmp_path / "16", dtype=torch.bfloat16)
+    assert model.embed_tokens.dtype == jnp.bfloat16
+    # The truth: the rounded weights, computed with in float32.
+    truth_model.load_state_dict({k: v.float() for k, v in rounded.state_dict().items()})
+    tokens = random_tokens(4, 61)
+    with torch.no_grad():
+        truth = truth_model(as_torch(tokens)).logits.numpy()
+        theirs = rounded(as_torch(tokens)).logits.float().numpy()
+    ours = np.asarray(eqx.filter_jit(model)(tokens).logits, np.float32)
+    error_of = lambda value: np.sqrt(np.mean((value - truth) ** 2))  # noqa: E731
+    print(error_of(ours), error_of(theirs))
+    assert error_of(ours) < 1.2 * error_of(theirs)

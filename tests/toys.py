@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -55,8 +57,8 @@ def reference_model(config: TextConfig, *, seed: int = 0, dtype: torch.dtype = t
     return model
 
 
-def random_tokens(*shape: int, vocab: int = 256, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, vocab, shape, dtype=np.int32)
+def random_tokens(*shape: int, vocab: int = 256, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(1, vocab, shape, dtype=np.int32))
 
 
 def relative_error(value, truth) -> float:

@@ -37,9 +37,9 @@ class TemperatureTuning(eqx.Module):
 class Attention(eqx.Module):
     """Causal grouped-query attention, `softmax(q · k / √head_dim) · v`.
 
-    RoPE layers turn queries and keys and then, where `qk_norm_eps` is set, normalise them. NoPE layers
-    do neither, but may tune the temperature. With a `chunk_size`, a query sees only keys of its own
-    chunk of absolute positions: not a sliding window.
+    RoPE layers turn queries and keys and then, where `qk_norm_eps` is set, normalise them. NoPE
+    layers do neither, but may tune the temperature. With a `chunk_size`, a query sees only keys of
+    its own chunk of absolute positions: not a sliding window.
     """
 
     q_proj: Float[Array, "heads head_dim hidden"]

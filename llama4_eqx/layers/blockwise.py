@@ -66,13 +66,14 @@ def dense_attention(
     """`attention` in one piece: best for small problems, and what the blockwise form must equal
     (with dropout: when that has a single block)."""
     settings = _Settings(chunk_size, scale, dropout)
-    scores = _scores(settings, _grouped(q, k), k, queries, keys)
+    rows, row_places = _fold(q, queries, k.shape[1])
+    scores = _scores(settings, rows, k, row_places, keys)
     top = lax.stop_gradient(scores.max(-1, keepdims=True, initial=LOWEST))
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    kept = _drop(settings, weights, key, 0, 0)
-    out = _product("bkgqs,bksd->bkgqd", kept.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
-    return out.reshape(q.shape).astype(q.dtype)
+    kept = _drop(settings, weights, key, 0, 0).astype(v.dtype)
+    out = _product("bkrs,bksd->bkrd", kept, v) / jnp.where(total == 0, 1, total)
+    return _unfold(out.astype(q.dtype), q.shape[1])
 
 
 def blockwise_attention(
@@ -90,18 +91,20 @@ def blockwise_attention(
 ) -> Queries:
     """`attention` by blocks of queries and keys, in memory linear in the lengths; forward and
     reverse-mode derivatives only visit pairs of blocks in which something may be seen."""
-    q_block, kv_block = min(blocks[0], q.shape[2]), min(blocks[1], k.shape[2])
+    rows, row_places = _fold(q, queries, k.shape[1])
+    row_block = min(blocks[0], q.shape[2]) * (q.shape[1] // k.shape[1])
+    kv_block = min(blocks[1], k.shape[2])
     out = _blockwise(
         _Settings(chunk_size, scale, dropout),
-        _split(_grouped(q, k), q_block, axis=3),
+        _split(rows, row_block, axis=2),
         _split(k, kv_block, axis=2),
         _split(v, kv_block, axis=2),
-        jax.tree.map(lambda x: _split(x, q_block, axis=1, fill=-1), queries),
+        jax.tree.map(lambda x: _split(x, row_block, axis=1, fill=-1), row_places),
         jax.tree.map(lambda x: _split(x, kv_block, axis=1, fill=-1), keys),
         key,
     )
-    batch, heads, q_seq, head_dim = q.shape
-    return jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, head_dim)[:, :, :q_seq]
+    out = jnp.moveaxis(out, 0, 2).reshape(*rows.shape[:2], -1, rows.shape[-1])
+    return _unfold(out[:, :, : rows.shape[2]], q.shape[1])
 
 
 class _Settings(NamedTuple):
@@ -110,11 +113,22 @@ class _Settings(NamedTuple):
     dropout: float
 
 
-def _grouped(q: Queries, k: Keys) -> Float[Array, "batch kv_heads group q_seq head_dim"]:
-    heads, kv_heads = q.shape[1], k.shape[1]
+def _fold(q, queries, kv_heads):
+    """Makes the query heads that share a key head into rows of one head, each with its place."""
+    batch, heads, q_seq, head_dim = q.shape
     if heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-    return q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
+    group = heads // kv_heads
+    rows = q.reshape(batch, kv_heads, group, q_seq, head_dim).swapaxes(2, 3)
+    rows = rows.reshape(batch, kv_heads, q_seq * group, head_dim)
+    return rows, jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), queries)
+
+
+def _unfold(rows, heads):
+    batch, kv_heads, count, head_dim = rows.shape
+    group = heads // kv_heads
+    out = rows.reshape(batch, kv_heads, count // group, group, head_dim).swapaxes(2, 3)
+    return out.reshape(batch, heads, count // group, head_dim)
 
 
 def _split(x: Array, block: int, axis: int, fill: int = 0) -> Array:
@@ -129,8 +143,8 @@ def _product(subscripts: str, x: Array, y: Array) -> Array:
 
 
 def _scores(settings: _Settings, q: Array, k: Array, queries: Places, keys: Places) -> Array:
-    seen = visible(queries, keys, settings.chunk_size)[:, None, None]
-    return jnp.where(seen, _product("bkgqd,bksd->bkgqs", q, k) * settings.scale, -jnp.inf)
+    seen = visible(queries, keys, settings.chunk_size)[:, None]
+    return jnp.where(seen, _product("bkrd,bksd->bkrs", q, k) * settings.scale, -jnp.inf)
 
 
 def _drop(
@@ -174,13 +188,13 @@ def _visits(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blockwise(
     settings: _Settings,
-    q: Float[Array, "q_blocks batch kv_heads group q_block head_dim"],
+    q: Float[Array, "q_blocks batch kv_heads rows head_dim"],
     k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
     v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
     queries: Places,
     keys: Places,
     key: PRNGKeyArray | None,
-) -> Float[Array, "q_blocks batch kv_heads group q_block head_dim"]:
+) -> Float[Array, "q_blocks batch kv_heads rows head_dim"]:
     return _forward(settings, q, k, v, queries, keys, key)[0]
 
 
@@ -196,7 +210,7 @@ def _forward(settings, q, k, v, queries, keys, key):
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(-1, keepdims=True)
             kept = _drop(settings, weights, key, i, j).astype(v.dtype)
-            out = out * shrink + _product("bkgqs,bksd->bkgqd", kept, v[j])
+            out = out * shrink + _product("bkrs,bksd->bkrd", kept, v[j])
             return out, new_top, total
 
         zeros = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
@@ -227,12 +241,12 @@ def _backward(settings, residuals, d_out):
             scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
             weights = jnp.exp(scores - logsumexp_i)
             kept = _drop(settings, weights, key, i, j).astype(v.dtype)
-            d_v_j = _product("bkgqs,bkgqd->bksd", kept, d_out_i)
-            d_weights = _product("bkgqd,bksd->bkgqs", d_out_i, v[j])
+            d_v_j = _product("bkrs,bkrd->bksd", kept, d_out_i)
+            d_weights = _product("bkrd,bksd->bkrs", d_out_i, v[j])
             d_scores = weights * (_drop(settings, d_weights, key, i, j) - mean)
             d_scores = (d_scores * settings.scale).astype(q.dtype)
-            d_q_i += _product("bkgqs,bksd->bkgqd", d_scores, k[j])
-            d_k_j = _product("bkgqs,bkgqd->bksd", d_scores, q_i)
+            d_q_i += _product("bkrs,bksd->bkrd", d_scores, k[j])
+            d_k_j = _product("bkrs,bkrd->bksd", d_scores, q_i)
             return d_q_i, d_k.at[j].add(d_k_j), d_v.at[j].add(d_v_j)
 
         start = jnp.zeros(q_i.shape, jnp.float32), *d_keys

@@ -1,9 +1,9 @@
 """Keys and values of the tokens that a model has already read.
 
-Each layer's cache is a ring: a token at position p lies in slot `p % slots`. Global layers have a slot
-for every token; chunk-local ones never need more than one chunk. What a slot holds follows from the
-positions that a row has reached, so no bookkeeping is stored, padding takes no room, and rows of
-different lengths share a batch.
+Each layer's cache is a ring: a token at position p lies in slot `p % slots`. Global layers have a
+slot for every token; chunk-local ones never need more than one chunk. What a slot holds follows
+from the positions that a row has reached, so no bookkeeping is stored, padding takes no room, and
+rows of different lengths share a batch.
 """
 
 import equinox as eqx
@@ -67,7 +67,8 @@ class LayerCache(eqx.Module):
         return type(self)(put(self.k, slot, k), put(self.v, slot, v))
 
     def places(self, first: Int[Array, "*batch"], end: Int[Array, "*batch"]) -> Places:
-        """Which token each slot holds, in rows that have been told positions `first` up to `end`."""
+        """Which token each slot holds, in rows that have been told positions `first` up to
+        `end`."""
         last = end[..., None] - 1
         positions = last - (last - jnp.arange(self.slots, dtype=last.dtype)) % self.slots
         held = positions >= first[..., None]
@@ -77,8 +78,8 @@ class LayerCache(eqx.Module):
 class KVCache(eqx.Module):
     """Every layer's cache, in the decoder's own shape, and how far each row has come.
 
-    Made by `Llama4.empty_cache`. `start` is the position of a row's first token, `length` the number
-    of real tokens read since; a row takes at most `capacity` of them.
+    Made by `Llama4.empty_cache`. `start` is the position of a row's first token, `length` the
+    number of real tokens read since; a row takes at most `capacity` of them.
     """
 
     blocks: tuple[LayerCache, ...]

@@ -40,8 +40,8 @@ class RotaryEmbedding(eqx.Module):
 
     def frequencies(self) -> np.ndarray:
         """Radians per position of each pair."""
-        # Rounded to float32 where the reference rounds, with an exact power: at position 10⁶ one bit
-        # of a frequency is a tenth of a radian.
+        # Rounded to float32 where the reference rounds, with an exact power: at position 10⁶ one
+        # bit of a frequency is a tenth of a radian.
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
         frequencies = 1 / (self.theta ** exponents.astype(np.float64)).astype(np.float32)
         # How often a pair turns round within the original context decides how it is stretched.
