@@ -6,7 +6,6 @@ import pytest
 from tests.toys import TOYS
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_enable_checks", True)
 
 
 @pytest.fixture(params=TOYS)
