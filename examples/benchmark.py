@@ -3,9 +3,9 @@
     python examples/benchmark.py            # everything, about five minutes
     python examples/benchmark.py decode     # or: forward train decode experts length depth
 
-Alternatives take turns and the median of each is printed, with ratios. The floors are measured in the
-same run: matmul-bound work against the rate of one plain matrix product, decoding against the rate at
-which a matrix-vector product streams weights from memory. Needs the `dev` extra.
+Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
+the same run: matmul-bound work against the rate of one plain matrix product, decoding against the
+rate at which a matrix-vector product streams weights from memory. Needs the `dev` extra.
 """
 
 import dataclasses
@@ -217,7 +217,7 @@ def length() -> None:
 
 def depth() -> None:
     """Compile time of 48 layers against 8."""
-    small = dict(hidden_size=64, intermediate_size=64, vocab_size=256, head_dim=16)
+    small = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 256, "head_dim": 16}
     seconds = {}
     for layers in (8, 48):
         config = dataclasses.replace(CONFIG, num_hidden_layers=layers, **small)

@@ -2,10 +2,10 @@
 
     python examples/quickstart.py
 
-A byte-level model with Scout's pattern (three chunk-local layers, then a global one without position
-embedding; mixtures of experts; QK norm) reads the text of Python's own help topics for about two
-minutes on two cores. No weights, no network. The folder that it leaves, runs/quickstart, is one that
-`transformers` opens too.
+A byte-level model with Scout's pattern (three chunk-local layers, then a global one without
+position embedding; mixtures of experts; QK norm) reads the text of Python's own help topics for
+about two minutes on two cores. No weights, no network. The folder that it leaves, runs/quickstart,
+is one that `transformers` opens too.
 """
 
 import gzip

@@ -13,7 +13,6 @@ with install_import_hook("llama4_eqx", "beartype.beartype"):  # this turns the s
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 GIB = 2**30
 
@@ -33,13 +32,15 @@ def describe(name: str, config: l4.Llama4Config) -> None:
     expert = 3 * text.hidden_size * text.intermediate_size
     moe_layers = sum(text.layer_is_moe(i) for i in range(text.num_hidden_layers))
     idle = moe_layers * (text.num_local_experts - text.num_experts_per_tok) * expert
-    print(f"{name}: {total / 1e9:.1f} billion parameters, {(total - idle) / 1e9:.1f} active a token")
+    print(
+        f"{name}: {total / 1e9:.1f} billion parameters, {(total - idle) / 1e9:.1f} active a token"
+    )
     print(f"  parameters in bfloat16: {2 * total / GIB:,.0f} GiB")
     for tokens in (8_192, 131_072, 1_048_576):
         cache = eqx.filter_eval_shape(lambda model, n=tokens: model.empty_cache((1,), n), model)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        everything = tokens * text.num_hidden_layers * 2 * (
-            text.num_key_value_heads * text.head_dim * 2
+        everything = (
+            tokens * text.num_hidden_layers * 2 * (text.num_key_value_heads * text.head_dim * 2)
         )
         print(
             f"  cache of {tokens:9,} tokens: {size / GIB:6.2f} GiB "
@@ -59,7 +60,9 @@ def make_a_mistake() -> None:
     try:
         model(tokens, mask=jnp.ones((2, 9), bool))
     except TypeCheckError as error:
-        told = [line for line in str(error).splitlines() if "typechecking" in line or "value" in line]
+        told = [
+            line for line in str(error).splitlines() if "typechecking" in line or "value" in line
+        ]
         print("  " + "\n  ".join(told or [str(error)]))
 
 

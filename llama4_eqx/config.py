@@ -6,11 +6,9 @@ field skipped in silence is a wrong model.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from llama4_eqx import hf_config
-
-LayerType = Literal["chunked_attention", "full_attention"]
 
 
 def determine_is_nope_layer(layer_id: int, nope_layer_interval: int) -> bool:
@@ -71,7 +69,7 @@ class TextConfig:
     use_qk_norm: bool = True
     no_rope_layer_interval: int = 4
     no_rope_layers: tuple[int, ...] | None = None
-    layer_types: tuple[LayerType, ...] | None = None
+    layer_types: tuple[str, ...] | None = None
     num_local_experts: int = 16
     num_experts_per_tok: int = 1
     interleave_moe_layer_step: int = 1
@@ -158,9 +156,13 @@ class TextConfig:
     def from_hf(cls, source: hf_config.Source) -> "TextConfig":
         """Reads a text-only `config.json` or the text part of a whole one."""
         raw = hf_config.read_config(source)
-        known = hf_config.text_fields(raw.get("text_config", raw), _names(cls))
+        known = hf_config.text_fields(raw.get("text_config", raw), _types(cls))
         if known.get("rope_scaling") is not None:
-            known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
+            types = _types(RopeScaling)
+            scaling = known["rope_scaling"].items()
+            known["rope_scaling"] = RopeScaling(
+                **{name: hf_config.as_declared(value, types[name]) for name, value in scaling}
+            )
         return cls(**known)
 
     def to_hf(self) -> dict[str, Any]:
@@ -219,7 +221,7 @@ class VisionConfig:
     def from_hf(cls, source: hf_config.Source) -> "VisionConfig":
         """Reads a `vision_config`, alone or as the part of a whole `config.json`."""
         raw = hf_config.read_config(source)
-        return cls(**hf_config.vision_fields(raw.get("vision_config", raw), _names(cls)))
+        return cls(**hf_config.vision_fields(raw.get("vision_config", raw), _types(cls)))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json`'s `vision_config`."""
@@ -289,7 +291,7 @@ class Llama4Config:
             return cls(TextConfig.from_hf(raw))
         parts = {"text_config", "vision_config"}
         own = {name: value for name, value in raw.items() if name not in parts}
-        known = hf_config.top_fields(own, _names(cls) | {"tie_word_embeddings"})
+        known = hf_config.top_fields(own, _types(cls) | {"tie_word_embeddings": bool})
         text = TextConfig.from_hf(raw["text_config"])
         if known.pop("tie_word_embeddings", False):
             text = dataclasses.replace(text, tie_word_embeddings=True)
@@ -312,8 +314,8 @@ class Llama4Config:
         }
 
 
-def _names(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+def _types(cls: type) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(cls)}
 
 
 def _check(config: Any, positive: str, rules: list[tuple[bool, str]]) -> None:

@@ -50,8 +50,11 @@ def read_config(source: Source) -> Mapping[str, Any]:
     return raw
 
 
-def text_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """`TextConfig`'s arguments from a `text_config`, with `rope_scaling` as a dict or None."""
+def text_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`TextConfig`'s arguments from a `text_config`, with `rope_scaling` as a dict or None.
+
+    `known`, here and below, gives each field's declared type.
+    """
     fields = _with_rope(raw)
     if "attn_temperature_tuning" in fields:  # the releases say `true` or `4`
         fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])
@@ -66,7 +69,7 @@ def text_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any
     return _checked(fields, known, _IGNORED_ANYWHERE, "text_config")
 
 
-def vision_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def vision_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`VisionConfig`'s arguments from a `vision_config`."""
     if raw.get("multi_modal_projector_bias"):
         raise ValueError(
@@ -78,7 +81,7 @@ def vision_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, A
     return _checked(fields, known, _IGNORED_IN_VISION, "vision_config")
 
 
-def top_fields(raw: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def top_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """`Llama4Config`'s own arguments from a whole `config.json`."""
     return _checked(raw, known, _IGNORED_AT_TOP, "config.json")
 
@@ -91,6 +94,13 @@ def written(fields: Mapping[str, Any]) -> dict[str, Any]:
         plain["rope_scaling"] = {"rope_type": "llama3", **scaling}
     # Absent means "the default" to every reader; null is refused by some.
     return {k: v for k, v in plain.items() if v is not None or k not in _PER_LAYER}
+
+
+def as_declared(value: Any, kind: Any) -> Any:
+    """A value of JSON as the dataclass field of this type wants it."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if kind is float else value
 
 
 def _with_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _with_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(
-    fields: Mapping[str, Any], known: Collection[str], ignored: Collection[str], where: str
+    fields: Mapping[str, Any], known: Mapping[str, Any], ignored: Collection[str], where: str
 ) -> dict[str, Any]:
     if fields.get("quantization_config"):
         raise ValueError(
@@ -132,4 +142,4 @@ def _checked(
             f"{where} has fields that this package doesn't know: {', '.join(unknown)}. "
             "Remove them if they change nothing, or ask for support if they do."
         )
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in known}
+    return {k: as_declared(v, known[k]) for k, v in fields.items() if k in known}

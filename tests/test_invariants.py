@@ -128,9 +128,10 @@ def test_any_batch_axes(model, batch_shape):
 
 def test_explicit_positions_equal_counted_ones(model):
     tokens = random_tokens(20)
-    assert relative_error(
-        forward(model, tokens, positions=jnp.arange(20)), forward(model, tokens)
-    ) == 0
+    assert (
+        relative_error(forward(model, tokens, positions=jnp.arange(20)), forward(model, tokens))
+        == 0
+    )
 
 
 def test_a_cache_may_start_anywhere(model):
@@ -159,10 +160,7 @@ def test_memory_of_scouts_cache_is_as_published():
         l4.Llama4, l4.Llama4Config.scout(), dtype=jnp.bfloat16, key=jax.random.key(0)
     )
     sizes = [
-        sum(
-            leaf.size * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves((cache.blocks, cache.tail))
-        )
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.blocks, cache.tail)))
         for capacity in (100_000, 200_000)
         for cache in [eqx.filter_eval_shape(lambda m, n=capacity: m.empty_cache((1,), n), model)]
     ]

@@ -72,7 +72,9 @@ def test_gradients(tmp_path):
     tokens = random_tokens(2, 40)
     labels = as_torch(tokens)
     logits = reference(as_torch(tokens)).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).backward()
     truth = {name: parameter.grad for name, parameter in reference.named_parameters()}
 
     @eqx.filter_jit
