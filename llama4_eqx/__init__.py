@@ -19,6 +19,16 @@ from llama4_eqx.generate import stream as stream
 from llama4_eqx.layers.cache import KVCache as KVCache
 from llama4_eqx.model import Llama4 as Llama4
 from llama4_eqx.model import Output as Output
+from llama4_eqx.model import encode_images as encode_images
+from llama4_eqx.projector import MultiModalProjector as MultiModalProjector
+from llama4_eqx.projector import PixelShuffleMLP as PixelShuffleMLP
+from llama4_eqx.projector import VisionMLP2 as VisionMLP2
+from llama4_eqx.projector import pixel_shuffle as pixel_shuffle
 from llama4_eqx.sampling import Greedy as Greedy
 from llama4_eqx.sampling import Sample as Sample
 from llama4_eqx.sampling import Sampler as Sampler
+from llama4_eqx.vision import UnfoldConvolution as UnfoldConvolution
+from llama4_eqx.vision import VisionEncoder as VisionEncoder
+from llama4_eqx.vision import VisionEncoderLayer as VisionEncoderLayer
+from llama4_eqx.vision import VisionMLP as VisionMLP
+from llama4_eqx.vision import VisionModel as VisionModel

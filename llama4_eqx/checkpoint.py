@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -28,6 +28,7 @@ from llama4_eqx.tensor_names import Tensor, tensors
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TEXT_PREFIX = "language_model."
 T = TypeVar("T")
 _DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
@@ -39,10 +40,14 @@ class CheckpointError(ValueError):
 def load_checkpoint(
     folder: str | os.PathLike[str],
     *,
+    part: Literal["whole", "text", "vision"] = "whole",
     dtype: DTypeLike | None = None,
     progress: bool | None = None,
 ) -> Llama4:
-    """Reads a text-only checkpoint folder, or the text part of a multimodal one.
+    """Reads a checkpoint folder, text-only or multimodal.
+
+    Of a multimodal one, `part="text"` gives a text-only model, and `part="vision"` one that can only
+    `encode_images`: the leaves of its decoder are shapes, not arrays.
 
     Every tensor goes straight to its place, so that the peak of memory is the model and one tensor.
     `dtype` is that of the parameters: the file's own where None (on a CPU, float32 is faster).
@@ -53,27 +58,37 @@ def load_checkpoint(
     """
     folder = Path(folder)
     config = Llama4Config.from_hf(folder)
-    prefix = "" if config.vision_config is None else "language_model."
-    text_only = dataclasses.replace(config, vision_config=None)
-    shapes = eqx.filter_eval_shape(Llama4, text_only, key=jax.random.key(0))
-    wanted = {tensor.name: tensor for tensor in tensors(shapes, prefix=prefix)}
-    found = _read_headers(folder, lambda name: name.startswith(prefix))
+    multimodal = config.vision_config is not None
+    if part == "vision" and not multimodal:
+        raise CheckpointError(f"The checkpoint in {folder} is text-only: it has no vision part.")
+    if part == "text":
+        config = dataclasses.replace(config, vision_config=None)
+    shapes = eqx.filter_eval_shape(Llama4, config, key=jax.random.key(0))
+    every = tensors(shapes, text_prefix=_TEXT_PREFIX if multimodal else "")
+
+    def selected(name: str) -> bool:
+        return (
+            part == "whole" or name.startswith(_TEXT_PREFIX) == (part == "text") or not multimodal
+        )
+
+    wanted = {tensor.name: tensor for tensor in every if selected(tensor.name)}
+    found = _read_headers(folder, selected)
     dtypes = _check(wanted, found, folder, dtype)
 
     by_file = defaultdict(list)
     for name, header in found.items():
         by_file[header.file].append(wanted[name])
     shaped, structure = jax.tree.flatten(shapes)
-    leaves: list[Array | None] = [None] * len(shaped)
+    leaves: list[Any] = list(shaped)
     reading = _with_bar(_read(by_file), len(wanted), f"Loading {folder.name}", progress)
     for tensor, value in reading:
         i, layer = tensor.leaf, tensor.stack_index
         if layer is None:
             leaves[i] = jnp.asarray(value.reshape(shaped[i].shape), dtypes[i])
         else:
-            stack = leaves[i]
-            stack = jnp.zeros(shaped[i].shape, dtypes[i]) if stack is None else stack
-            leaves[i] = _put(stack, layer, value.reshape(shaped[i].shape[1:]))
+            if leaves[i] is shaped[i]:
+                leaves[i] = jnp.zeros(shaped[i].shape, dtypes[i])
+            leaves[i] = _put(leaves[i], layer, value.reshape(shaped[i].shape[1:]))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -195,10 +210,10 @@ def _put(stack: Array, layer: Int[Array, ""], value: Array) -> Array:
 
 def _write(model: Llama4, folder: Path, max_shard_bytes: int) -> None:
     leaves = jax.tree.leaves(model)
-    prefix = "" if model.config.vision_config is None else "language_model."
+    text_prefix = "" if model.config.vision_config is None else _TEXT_PREFIX
     shards, room = [[]], max_shard_bytes
     sizes = {}
-    for tensor in tensors(model, prefix=prefix):
+    for tensor in tensors(model, text_prefix=text_prefix):
         size = int(np.prod(tensor.shape)) * leaves[tensor.leaf].dtype.itemsize
         if shards[-1] and size > room:
             shards.append([])

@@ -205,6 +205,15 @@ class VisionConfig:
             [
                 (self.hidden_act == "gelu", f"hidden_act must be 'gelu', not {self.hidden_act!r}"),
                 (
+                    round(self.hidden_size / self.pixel_shuffle_ratio**2) == self.intermediate_size,
+                    f"intermediate_size ({self.intermediate_size}), which is also the adapter's "
+                    "input, must be hidden_size / pixel_shuffle_ratio²",
+                ),
+                (
+                    self.projector_input_dim == self.projector_output_dim == self.vision_output_dim,
+                    "projector_input_dim, projector_output_dim and vision_output_dim must be equal",
+                ),
+                (
                     self.hidden_size % (4 * max(self.num_attention_heads, 1)) == 0,
                     f"hidden_size ({self.hidden_size}) must be a multiple of 4 x "
                     f"num_attention_heads ({self.num_attention_heads}) for the 2-D RoPE",

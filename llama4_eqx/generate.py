@@ -21,15 +21,23 @@ def prefill(
     cache: KVCache,
     *,
     mask: Bool[Array, "*batch seq"] | None = None,
+    pixel_values: Float[Array, "tiles channels height width"] | None = None,
+    image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
     """Reads a prompt, or its next piece: the logits after each row's last real token, and the
     cache.
 
     `mask` is True at real tokens, on whichever side the padding is. A long prompt may come in
-    pieces, each with the cache that the last one returned. Of a row without a real token the logits
-    mean nothing.
+    pieces, each with the cache that the last one returned and with the images of its own tokens. Of
+    a row without a real token the logits mean nothing.
     """
-    hidden, longer, _ = model.hidden_states(tokens, mask=mask, cache=cache)
+    hidden, longer, _ = model.hidden_states(
+        tokens,
+        mask=mask,
+        pixel_values=pixel_values,
+        image_embeddings=image_embeddings,
+        cache=cache,
+    )
     if mask is None:
         last = hidden[..., -1, :]
     else:
@@ -54,6 +62,8 @@ def generate(
     *,
     max_new_tokens: int,
     mask: Bool[Array, "*batch seq"] | None = None,
+    pixel_values: Float[Array, "tiles channels height width"] | None = None,
+    image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
     sampler: Sampler = Greedy(),
     key: PRNGKeyArray | None = None,
     stop_ids: Sequence[int] = (),
@@ -67,7 +77,8 @@ def generate(
     """
     _check_request(max_new_tokens, sampler, key)
     key = jax.random.key(0) if key is None else key
-    return _generate(model, tokens, max_new_tokens, mask, sampler, key, tuple(stop_ids))
+    prompt = _Prompt(tokens, mask, pixel_values, image_embeddings)
+    return _generate(model, prompt, max_new_tokens, sampler, key, tuple(stop_ids))
 
 
 def stream(
@@ -76,6 +87,8 @@ def stream(
     *,
     max_new_tokens: int,
     mask: Bool[Array, "*batch seq"] | None = None,
+    pixel_values: Float[Array, "tiles channels height width"] | None = None,
+    image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
     sampler: Sampler = Greedy(),
     key: PRNGKeyArray | None = None,
     stop_ids: Sequence[int] = (),
@@ -84,12 +97,20 @@ def stream(
     stopped."""
     _check_request(max_new_tokens, sampler, key)
     key = jax.random.key(0) if key is None else key
-    state, cache = _begin(model, tokens, max_new_tokens, mask, sampler, key, tuple(stop_ids))
+    prompt = _Prompt(tokens, mask, pixel_values, image_embeddings)
+    state, cache = _begin(model, prompt, max_new_tokens, sampler, key, tuple(stop_ids))
     for left in range(max_new_tokens - 1, -1, -1):
         yield state.token
         if left == 0 or bool(jnp.all(state.stopped)):
             return
         state, cache = _advance_in_place((model, state, sampler, tuple(stop_ids)), cache)
+
+
+class _Prompt(eqx.Module):
+    tokens: Int[Array, "*batch seq"]
+    mask: Bool[Array, "*batch seq"] | None
+    pixel_values: Float[Array, "tiles channels height width"] | None
+    image_embeddings: Float[Array, "tiles image_tokens hidden"] | None
 
 
 class _State(eqx.Module):
@@ -103,17 +124,23 @@ class _State(eqx.Module):
 @eqx.filter_jit
 def _begin(
     model: Llama4,
-    tokens: Int[Array, "*batch seq"],
+    prompt: _Prompt,
     max_new_tokens: int,
-    mask: Bool[Array, "*batch seq"] | None,
     sampler: Sampler,
     key: PRNGKeyArray,
     stop_ids: tuple[int, ...],
 ) -> tuple[_State, KVCache]:
-    *batch_shape, seq = tokens.shape
+    *batch_shape, seq = prompt.tokens.shape
     # The last new token is never read, so it needs no room.
     cache = model.empty_cache(tuple(batch_shape), seq + max_new_tokens - 1)
-    logits, cache = prefill(model, tokens, cache, mask=mask)
+    logits, cache = prefill(
+        model,
+        prompt.tokens,
+        cache,
+        mask=prompt.mask,
+        pixel_values=prompt.pixel_values,
+        image_embeddings=prompt.image_embeddings,
+    )
     sample_key, key = jax.random.split(key)
     token = sampler(logits, sample_key)
     return _State(token, _is_stop(token, stop_ids), key), cache
@@ -138,14 +165,13 @@ def _advance_in_place(
 @eqx.filter_jit
 def _generate(
     model: Llama4,
-    tokens: Int[Array, "*batch seq"],
+    prompt: _Prompt,
     max_new_tokens: int,
-    mask: Bool[Array, "*batch seq"] | None,
     sampler: Sampler,
     key: PRNGKeyArray,
     stop_ids: tuple[int, ...],
 ) -> Int[Array, "*batch new"]:
-    state, cache = _begin(model, tokens, max_new_tokens, mask, sampler, key, stop_ids)
+    state, cache = _begin(model, prompt, max_new_tokens, sampler, key, stop_ids)
     new = jnp.broadcast_to(state.token[..., None], (*state.token.shape, max_new_tokens))
 
     def unfinished(carry):

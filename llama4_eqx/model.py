@@ -12,6 +12,8 @@ from llama4_eqx.decoder import Decoder
 from llama4_eqx.layers.cache import Filled, KVCache
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.mask import places as make_places
+from llama4_eqx.projector import MultiModalProjector
+from llama4_eqx.vision import VisionModel
 
 
 class Output(eqx.Module):
@@ -23,9 +25,13 @@ class Output(eqx.Module):
 
 
 class Llama4(eqx.Module):
-    """Llama 4. Every array leaf is a parameter; each is the checkpoint's tensor but for its
-    shape."""
+    """Llama 4. Every array leaf is a parameter, and a tensor of the checkpoint but for its shape.
 
+    A text-only model has no `vision_model` and no `multi_modal_projector`.
+    """
+
+    vision_model: VisionModel | None
+    multi_modal_projector: MultiModalProjector | None
     embed_tokens: Float[Array, "vocab hidden"]
     decoder: Decoder
     lm_head: Float[Array, "vocab hidden"] | None
@@ -36,8 +42,19 @@ class Llama4(eqx.Module):
     ) -> None:
         """A model with random weights. For the shapes alone, at any size, wrap the call in
         `eqx.filter_eval_shape`."""
-        embed_key, decoder_key, head_key = jax.random.split(key, 3)
-        text = config.text_config
+        embed_key, decoder_key, head_key, vision_key, projector_key = jax.random.split(key, 5)
+        text, vision = config.text_config, config.vision_config
+        if vision is None:
+            self.vision_model = self.multi_modal_projector = None
+        else:
+            self.vision_model = VisionModel(vision, dtype=dtype, key=vision_key)
+            self.multi_modal_projector = MultiModalProjector(
+                vision.vision_output_dim,
+                text.hidden_size,
+                init_std=text.initializer_range,
+                dtype=dtype,
+                key=projector_key,
+            )
         init, shape = normal(text.initializer_range), (text.vocab_size, text.hidden_size)
         self.embed_tokens = init(embed_key, shape, dtype)
         self.decoder = Decoder(text, dtype=dtype, key=decoder_key)
@@ -51,6 +68,8 @@ class Llama4(eqx.Module):
         mask: Bool[Array, "*batch seq"] | None = None,
         positions: Int[Array, "*batch seq"] | None = None,
         segment_ids: Int[Array, "*batch seq"] | None = None,
+        pixel_values: Float[Array, "tiles channels height width"] | None = None,
+        image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Output:
@@ -58,14 +77,24 @@ class Llama4(eqx.Module):
 
         `mask` is True at real tokens: pad on any side. `segment_ids` packs documents into a row:
         each is a run of one non-negative id, sees only itself and counts its positions from 0.
-        `positions` overrides the count from each row's (or document's) first real token. With a
-        `cache`, the tokens continue what it holds. With a `key`, dropout is on.
+        `positions` overrides the count from each row's (or document's) first real token.
+        `pixel_values` are the tiles of all rows' images in reading order; `image_embeddings` are
+        what `encode_images` makes of them, to be passed instead. With a `cache`, the tokens
+        continue what it holds. With a `key`, dropout is on.
 
         Raises a `ValueError` for arguments that exclude each other, and at run time for a token
-        outside the vocabulary or a cache too small.
+        outside the vocabulary, for image tokens that are not as many as the images' features, and
+        for a cache too small.
         """
         hidden, cache, router_logits = self.hidden_states(
-            tokens, mask=mask, positions=positions, segment_ids=segment_ids, cache=cache, key=key
+            tokens,
+            mask=mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            pixel_values=pixel_values,
+            image_embeddings=image_embeddings,
+            cache=cache,
+            key=key,
         )
         return Output(self.unembed(hidden), cache, router_logits)
 
@@ -76,6 +105,8 @@ class Llama4(eqx.Module):
         mask: Bool[Array, "*batch seq"] | None = None,
         positions: Int[Array, "*batch seq"] | None = None,
         segment_ids: Int[Array, "*batch seq"] | None = None,
+        pixel_values: Float[Array, "tiles channels height width"] | None = None,
+        image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[
@@ -98,8 +129,16 @@ class Llama4(eqx.Module):
                     "to begin at a later position."
                 )
             places, filled, cache = _continue(cache, tokens.shape, mask)
+        image_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         embedded = self.embed_tokens[tokens]
-        return self.decoder(embedded, places, cache, filled, key=key)
+        if pixel_values is not None:
+            if image_embeddings is not None:
+                raise ValueError("Pass pixel_values or image_embeddings, not both.")
+            image_embeddings = encode_images(self, pixel_values, key=image_key)
+        if image_embeddings is not None:
+            is_image = tokens == self.config.image_token_index
+            embedded = _place_images(embedded, is_image, image_embeddings)
+        return self.decoder(embedded, places, cache, filled, key=decoder_key)
 
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
@@ -119,6 +158,50 @@ class Llama4(eqx.Module):
         """The same model with each layer's weights as arrays of their own; see
         `Decoder.unstacked`."""
         return eqx.tree_at(lambda model: model.decoder, self, self.decoder.unstacked())
+
+
+def encode_images(
+    model: Llama4,
+    pixel_values: Float[Array, "tiles channels height width"],
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "tiles image_tokens hidden"]:
+    """What takes the place of each tile's image tokens, in the decoder's width."""
+    if model.vision_model is None or model.multi_modal_projector is None:
+        raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
+    features = model.vision_model(pixel_values, key=key)
+    return model.multi_modal_projector(features)
+
+
+def _place_images(
+    embedded: Float[Array, "*batch seq hidden"],
+    is_image: Bool[Array, "*batch seq"],
+    image_embeddings: Float[Array, "tiles image_tokens hidden"],
+) -> Float[Array, "*batch seq hidden"]:
+    """The embeddings with images' features at image tokens, both in reading order."""
+    features = image_embeddings.reshape(-1, image_embeddings.shape[-1]).astype(embedded.dtype)
+    order = jnp.cumsum(is_image.reshape(-1)).reshape(is_image.shape) - 1
+    order = _require_equal_counts(order, jnp.sum(is_image), len(features))
+    return jnp.where(is_image[..., None], features[order], embedded)
+
+
+def _require_equal_counts(
+    order: Int[Array, "*batch seq"], wanted: Int[Array, ""], given: int
+) -> Int[Array, "*batch seq"]:
+    def refuse(order, wanted):
+        raise ValueError(
+            f"The tokens have {wanted} image tokens, but the images give {given} features: tokens "
+            "and pixel_values must come from the same call of process()."
+        )
+
+    # Not eqx.error_if, whose sentence can't name a number that is known only at run time.
+    return jax.lax.cond(
+        wanted == given,
+        lambda order, wanted: order,
+        lambda order, wanted: jax.pure_callback(refuse, order, order, wanted),
+        order,
+        wanted,
+    )
 
 
 def _inside_vocabulary(tokens: Int[Array, "*batch seq"], vocab: int) -> Int[Array, "*batch seq"]:

@@ -1,7 +1,8 @@
 """Which tensor of a Hugging Face checkpoint each leaf of the model is.
 
-One table. A leaf equals its tensor but for its shape: parentheses join axes that the checkpoint
-keeps as one. Leaves of stacked layers hold one tensor of each layer. Nothing is transposed.
+The tables below are all there is to it. A leaf equals its tensor but for its shape: parentheses join
+axes that the checkpoint keeps as one. Leaves of stacked layers hold one tensor of each layer. Nothing
+is transposed.
 """
 
 import math
@@ -12,49 +13,72 @@ import jax
 
 from llama4_eqx.model import Llama4
 
-# leaf, tensor, axes of the tensor
-_MODEL_TABLE = (
-    ("embed_tokens", "model.embed_tokens.weight", "vocab hidden"),
-    ("decoder.norm.weight", "model.norm.weight", "hidden"),
-    ("lm_head", "lm_head.weight", "vocab hidden"),
-)
-_LAYER_TABLE = (
-    ("input_layernorm.weight", "input_layernorm.weight", "hidden"),
-    ("post_attention_layernorm.weight", "post_attention_layernorm.weight", "hidden"),
-    ("self_attn.q_proj", "self_attn.q_proj.weight", "(heads head_dim) hidden"),
-    ("self_attn.k_proj", "self_attn.k_proj.weight", "(kv_heads head_dim) hidden"),
-    ("self_attn.v_proj", "self_attn.v_proj.weight", "(kv_heads head_dim) hidden"),
-    ("self_attn.o_proj", "self_attn.o_proj.weight", "hidden (heads head_dim)"),
-    ("self_attn.q_bias", "self_attn.q_proj.bias", "(heads head_dim)"),
-    ("self_attn.k_bias", "self_attn.k_proj.bias", "(kv_heads head_dim)"),
-    ("self_attn.v_bias", "self_attn.v_proj.bias", "(kv_heads head_dim)"),
-    ("self_attn.o_bias", "self_attn.o_proj.bias", "hidden"),
-    ("feed_forward.gate_proj", "feed_forward.gate_proj.weight", "ff hidden"),
-    ("feed_forward.up_proj", "feed_forward.up_proj.weight", "ff hidden"),
-    ("feed_forward.down_proj", "feed_forward.down_proj.weight", "hidden ff"),
-    ("feed_forward.router", "feed_forward.router.weight", "experts hidden"),
-    (
-        "feed_forward.experts.gate_up_proj",
-        "feed_forward.experts.gate_up_proj",
-        "experts hidden (2 ff)",
-    ),
-    ("feed_forward.experts.down_proj", "feed_forward.experts.down_proj", "experts ff hidden"),
-    (
-        "feed_forward.shared_expert.gate_proj",
-        "feed_forward.shared_expert.gate_proj.weight",
-        "ff hidden",
-    ),
-    (
-        "feed_forward.shared_expert.up_proj",
-        "feed_forward.shared_expert.up_proj.weight",
-        "ff hidden",
-    ),
-    (
-        "feed_forward.shared_expert.down_proj",
-        "feed_forward.shared_expert.down_proj.weight",
-        "hidden ff",
-    ),
-)
+
+def _table(text: str) -> dict[str, tuple[str, str]]:
+    """Lines of leaf, tensor and the tensor's axes, as `leaf -> (tensor, axes)`."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
+    return {leaf: (tensor, axes) for leaf, tensor, axes in rows}
+
+
+TEXT = _table("""
+    embed_tokens           model.embed_tokens.weight   vocab hidden
+    decoder.norm.weight    model.norm.weight           hidden
+    lm_head                lm_head.weight              vocab hidden
+""")
+
+TEXT_LAYER = _table("""
+    input_layernorm.weight           input_layernorm.weight            hidden
+    post_attention_layernorm.weight  post_attention_layernorm.weight   hidden
+    self_attn.q_proj                 self_attn.q_proj.weight           (heads head_dim) hidden
+    self_attn.k_proj                 self_attn.k_proj.weight           (kv_heads head_dim) hidden
+    self_attn.v_proj                 self_attn.v_proj.weight           (kv_heads head_dim) hidden
+    self_attn.o_proj                 self_attn.o_proj.weight           hidden (heads head_dim)
+    self_attn.q_bias                 self_attn.q_proj.bias             (heads head_dim)
+    self_attn.k_bias                 self_attn.k_proj.bias             (kv_heads head_dim)
+    self_attn.v_bias                 self_attn.v_proj.bias             (kv_heads head_dim)
+    self_attn.o_bias                 self_attn.o_proj.bias             hidden
+    feed_forward.gate_proj           feed_forward.gate_proj.weight     ff hidden
+    feed_forward.up_proj             feed_forward.up_proj.weight       ff hidden
+    feed_forward.down_proj           feed_forward.down_proj.weight     hidden ff
+    feed_forward.router              feed_forward.router.weight        experts hidden
+    feed_forward.experts.gate_up_proj     feed_forward.experts.gate_up_proj   experts hidden (2 ff)
+    feed_forward.experts.down_proj        feed_forward.experts.down_proj      experts ff hidden
+    feed_forward.shared_expert.gate_proj  feed_forward.shared_expert.gate_proj.weight  ff hidden
+    feed_forward.shared_expert.up_proj    feed_forward.shared_expert.up_proj.weight    ff hidden
+    feed_forward.shared_expert.down_proj  feed_forward.shared_expert.down_proj.weight  hidden ff
+""")
+
+VISION = _table("""
+    multi_modal_projector.linear_1         multi_modal_projector.linear_1.weight  hidden vision_out
+    vision_model.class_embedding           vision_model.class_embedding           vision_hidden
+    vision_model.positional_embedding_vlm  vision_model.positional_embedding_vlm  patches vision_hidden
+    vision_model.patch_embedding.linear    vision_model.patch_embedding.linear.weight  vision_hidden (channels patch patch)
+    vision_model.layernorm_pre.weight      vision_model.layernorm_pre.weight      vision_hidden
+    vision_model.layernorm_pre.bias        vision_model.layernorm_pre.bias        vision_hidden
+    vision_model.layernorm_post.weight     vision_model.layernorm_post.weight     vision_hidden
+    vision_model.layernorm_post.bias       vision_model.layernorm_post.bias       vision_hidden
+    vision_model.vision_adapter.mlp.fc1    vision_model.vision_adapter.mlp.fc1.weight  vision_mid vision_ff
+    vision_model.vision_adapter.mlp.fc2    vision_model.vision_adapter.mlp.fc2.weight  vision_out vision_mid
+""")  # noqa: E501
+
+VISION_LAYER = _table("""
+    input_layernorm.weight           input_layernorm.weight            vision_hidden
+    input_layernorm.bias             input_layernorm.bias              vision_hidden
+    post_attention_layernorm.weight  post_attention_layernorm.weight   vision_hidden
+    post_attention_layernorm.bias    post_attention_layernorm.bias     vision_hidden
+    self_attn.q_proj                 self_attn.q_proj.weight           (heads head_dim) vision_hidden
+    self_attn.k_proj                 self_attn.k_proj.weight           (heads head_dim) vision_hidden
+    self_attn.v_proj                 self_attn.v_proj.weight           (heads head_dim) vision_hidden
+    self_attn.o_proj                 self_attn.o_proj.weight           vision_hidden (heads head_dim)
+    self_attn.q_bias                 self_attn.q_proj.bias             (heads head_dim)
+    self_attn.k_bias                 self_attn.k_proj.bias             (heads head_dim)
+    self_attn.v_bias                 self_attn.v_proj.bias             (heads head_dim)
+    self_attn.o_bias                 self_attn.o_proj.bias             vision_hidden
+    mlp.fc1                          mlp.fc1.weight                    vision_ff vision_hidden
+    mlp.fc2                          mlp.fc2.weight                    vision_hidden vision_ff
+    mlp.fc1_bias                     mlp.fc1.bias                      vision_ff
+    mlp.fc2_bias                     mlp.fc2.bias                      vision_hidden
+""")
 
 
 @dataclass(frozen=True)
@@ -68,34 +92,49 @@ class Tensor:
     stack_index: int | None
 
 
-def tensors(model: Llama4, *, prefix: str = "") -> list[Tensor]:
+def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:
     """Every tensor of the model's checkpoint; `model` may hold arrays or their shapes.
 
-    `prefix` comes before each name, as `language_model.` does in a multimodal checkpoint.
+    `text_prefix` comes before the decoder's names: `language_model.` in a multimodal checkpoint.
     """
-    found = []
-    depth = model.decoder.depth_of_stack
-    cycle = 0 if model.decoder.blocks is None else len(model.decoder.blocks.layers)
-    model_table = {leaf: (name, axes) for leaf, name, axes in _MODEL_TABLE}
-    layer_table = {leaf: (name, axes) for leaf, name, axes in _LAYER_TABLE}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(model)):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        in_layer = re.fullmatch(r"decoder\.(blocks|tail)\.layers\.(\d+)\.(.+)", name)
-        if in_layer is None:
-            tensor, axes = model_table[name]
-            found.append(Tensor(prefix + tensor, _joined(leaf.shape, axes), i, None))
-            continue
-        part, number, rest = in_layer[1], int(in_layer[2]), in_layer[3]
-        tensor, axes = layer_table[rest]
-        if part == "tail":
-            full = f"{prefix}model.layers.{depth * cycle + number}.{tensor}"
-            found.append(Tensor(full, _joined(leaf.shape, axes), i, None))
-        else:
-            shape = _joined(leaf.shape[1:], axes)
-            for repeat in range(depth):
-                full = f"{prefix}model.layers.{repeat * cycle + number}.{tensor}"
-                found.append(Tensor(full, shape, i, repeat))
-    return found
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return [
+        tensor
+        for i, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True))
+        for tensor in _tensors_of_leaf(model, i, name, leaf.shape, text_prefix)
+    ]
+
+
+def _tensors_of_leaf(
+    model: Llama4, leaf: int, name: str, shape: tuple[int, ...], text_prefix: str
+) -> list[Tensor]:
+    if name in VISION:
+        tensor, axes = VISION[name]
+        return [Tensor(tensor, _joined(shape, axes), leaf, None)]
+    if name in TEXT:
+        tensor, axes = TEXT[name]
+        return [Tensor(text_prefix + tensor, _joined(shape, axes), leaf, None)]
+    if in_vision := re.fullmatch(r"vision_model\.model\.layers\.(.+)", name):
+        tensor, axes = VISION_LAYER[in_vision[1]]
+        return [
+            Tensor(f"vision_model.model.layers.{i}.{tensor}", _joined(shape[1:], axes), leaf, i)
+            for i in range(shape[0])
+        ]
+    in_text = re.fullmatch(r"decoder\.(blocks|tail)\.layers\.(\d+)\.(.+)", name)
+    if in_text is None or in_text[3] not in TEXT_LAYER:
+        raise ValueError(f"The leaf {name} has no tensor: add it to the tables of tensor_names.py.")
+    tensor, axes = TEXT_LAYER[in_text[3]]
+    decoder, number = model.decoder, int(in_text[2])
+    cycle = 0 if decoder.blocks is None else len(decoder.blocks.layers)
+    layers = f"{text_prefix}model.layers"
+    if in_text[1] == "tail":
+        number += decoder.depth_of_stack * cycle
+        return [Tensor(f"{layers}.{number}.{tensor}", _joined(shape, axes), leaf, None)]
+    return [
+        Tensor(f"{layers}.{i * cycle + number}.{tensor}", _joined(shape[1:], axes), leaf, i)
+        for i in range(decoder.depth_of_stack)
+    ]
 
 
 def _joined(sizes: tuple[int, ...], axes: str) -> tuple[int, ...]:

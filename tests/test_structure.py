@@ -16,14 +16,15 @@ import transformers
 
 import llama4_eqx as l4
 from llama4_eqx import tensor_names
-from tests.toys import TOYS
+from tests.toys import MULTIMODAL, TOYS
 
 PACKAGE = Path(l4.__file__).parent
 FLOORS = (
     ("hf_config",),
     ("config",),
     ("layers",),
-    ("decoder",),
+    ("projector", "decoder"),
+    ("vision",),
     ("model", "processing"),
     ("tensor_names", "sampling"),
     ("checkpoint", "generate"),
@@ -31,7 +32,8 @@ FLOORS = (
 )
 AXES = set(
     "batch seq vocab hidden heads kv_heads head_dim ff q_seq kv_seq slots tokens experts top_k "
-    "layers pairs size new group q_block kv_block q_blocks kv_blocks 2 ...".split()
+    "layers pairs size new group q_block kv_block q_blocks kv_blocks 2 tiles channels height width "
+    "patch patches vision_hidden vision_ff vision_mid vision_out image_tokens shuffled ...".split()
 )
 
 
@@ -95,10 +97,10 @@ def test_full_size_tables_are_complete(config):
     """Each tensor that `transformers` has, by name and shape, is one place in one leaf of ours."""
     started = time.monotonic()
     model = eqx.filter_eval_shape(l4.Llama4, config, key=jax.random.key(0))
-    ours = tensor_names.tensors(model)
+    ours = tensor_names.tensors(model, text_prefix="language_model.")
     with torch.device("meta"):
-        theirs = transformers.Llama4ForCausalLM(
-            transformers.Llama4TextConfig(**config.text_config.to_hf())
+        theirs = transformers.Llama4ForConditionalGeneration(
+            transformers.Llama4Config(**config.to_hf())
         ).state_dict()
     assert {tensor.name: tensor.shape for tensor in ours} == {
         name: tuple(tensor.shape) for name, tensor in theirs.items()
@@ -112,14 +114,21 @@ def test_full_size_tables_are_complete(config):
     print(f"{len(ours)} tensors in {time.monotonic() - started:.1f} s")
 
 
-@pytest.mark.parametrize("name", TOYS)
-def test_tables_speak_the_annotations_words(name):
-    """The table's axes, without parentheses, are those of the leaf's annotation."""
-    model = eqx.filter_eval_shape(l4.Llama4, l4.Llama4Config(TOYS[name]), key=jax.random.key(0))
-    tables = {leaf: axes for leaf, _, axes in tensor_names._MODEL_TABLE + tensor_names._LAYER_TABLE}
+@pytest.mark.parametrize("config", [*map(l4.Llama4Config, TOYS.values()), MULTIMODAL])
+def test_tables_speak_the_annotations_words(config):
+    """The tables' axes, without parentheses, are those of the leaf's annotation."""
+    model = eqx.filter_eval_shape(l4.Llama4, config, key=jax.random.key(0))
+    whole = tensor_names.TEXT | tensor_names.VISION
     for leaf, axes in leaf_axes(model).items():
-        short = re.sub(r"decoder\.(blocks|tail)\.layers\.\d+\.", "", leaf)
-        assert re.sub(r"[()]", "", tables[short]) == axes, leaf
+        in_text = re.sub(r"decoder\.(blocks|tail)\.layers\.\d+\.", "", leaf)
+        in_vision = re.sub(r"vision_model\.model\.layers\.", "", leaf)
+        if leaf in whole:
+            _, table_axes = whole[leaf]
+        elif in_text != leaf:
+            _, table_axes = tensor_names.TEXT_LAYER[in_text]
+        else:
+            _, table_axes = tensor_names.VISION_LAYER[in_vision]
+        assert re.sub(r"[()]", "", table_axes) == axes, leaf
 
 
 def test_every_array_is_a_parameter():

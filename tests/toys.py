@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig
+from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
 
 SCOUT = Llama4Config.tiny().text_config
 MAVERICK = replace(
@@ -41,14 +41,42 @@ TOYS: dict[str, TextConfig] = {
 }
 
 
-def reference_model(config: TextConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32):
+VISION = VisionConfig(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=128,
+    vision_output_dim=24,
+    image_size=28,
+    patch_size=7,
+    projector_input_dim=24,
+    projector_output_dim=24,
+)
+IMAGE_TOKEN, TOKENS_PER_TILE = 250, 4
+MULTIMODAL = Llama4Config(SCOUT, VISION, image_token_index=IMAGE_TOKEN)
+
+
+def reference_model(
+    config: TextConfig | Llama4Config, *, seed: int = 0, dtype: torch.dtype = torch.float32
+):
     """`transformers`' model of the config, with random weights large enough that all rules show."""
     torch.manual_seed(seed)
-    hf_config = transformers.Llama4TextConfig(**config.to_hf(), attn_implementation="eager")
-    model = transformers.Llama4ForCausalLM(hf_config).to(dtype).eval()
+    if isinstance(config, TextConfig):
+        hf_config = transformers.Llama4TextConfig(**config.to_hf(), attn_implementation="eager")
+        model = transformers.Llama4ForCausalLM(hf_config)
+    else:
+        hf_config = transformers.Llama4Config(**config.to_hf(), attn_implementation="eager")
+        model = transformers.Llama4ForConditionalGeneration(hf_config)
+    if (
+        dtype != torch.float32
+    ):  # a cast to float32, too, would spoil the vision model's complex table
+        model = model.to(dtype)
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "bias" in name:
+                parameter.normal_(std=0.3)
+            elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif "router" in name or "lm_head" in name or "embed" in name:
                 parameter.normal_(std=1.0 / parameter.shape[-1] ** 0.5 * 4)

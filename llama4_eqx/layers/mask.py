@@ -37,20 +37,21 @@ def places(
 ) -> Places:
     """Places the tokens of rows of text.
 
-    `mask` is False at padding, and so are `segment_ids` negative; each other id names one
-    unbroken run of tokens, a document (without ids a row is one document, 0). Positions count the
-    real tokens of each document from 0, those of a row's first document from `start`: what its
-    earlier tokens, now in a cache, have reached. Given `positions` are taken as they are.
+    `mask` is False at padding. `segment_ids` pack documents into a row: each run of one id is a
+    document, negative ids are padding; without them a row is one document. Positions count the
+    real tokens of each document from 0, those of a row's first one from `start` (where a cache
+    holds what came before). Given `positions` are taken as they are.
     """
     real = jnp.ones(shape, bool) if mask is None else mask
-    segments = jnp.zeros(shape, jnp.int32)
+    turns = jnp.zeros(shape, bool)
     if segment_ids is not None:
-        segments = segment_ids.astype(jnp.int32)
-        real &= segments >= 0
+        real &= segment_ids >= 0
+        turns = jnp.diff(segment_ids, prepend=segment_ids[..., :1]) != 0
+    # Numbered anew: an id that comes back later in the row names another document.
+    segments = jnp.cumsum(turns, axis=-1, dtype=jnp.int32)
     if positions is None:
-        before = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - real.astype(jnp.int32)
-        turns = segments != jnp.roll(segments, 1, axis=-1)
-        # Before a row's first real token nothing was counted, so this leaves the first document.
+        count = real.astype(jnp.int32)
+        before = jnp.cumsum(count, axis=-1) - count
         first = jax.lax.cummax(jnp.where(turns, before, 0), axis=len(shape) - 1)
         resumed = 0 if start is None else jnp.where(first == 0, start[..., None], 0)
         positions = before - first + resumed

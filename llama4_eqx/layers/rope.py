@@ -24,6 +24,16 @@ class Rotation(eqx.Module):
         return turned.reshape(x.shape).astype(x.dtype)
 
 
+def rope_frequencies(size: int, theta: float) -> np.ndarray:
+    """`theta^(-2i / size)` for each pair `i`, in float32.
+
+    Rounded where the reference rounds, with an exact power: at position 10⁶ one bit of a frequency
+    is a tenth of a radian.
+    """
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    return 1 / (theta ** exponents.astype(np.float64)).astype(np.float32)
+
+
 class RotaryEmbedding(eqx.Module):
     """Turns pair `i` of a token at position `p` by `p · theta^(-2i / head_dim)`, or slower where
     `factor` stretches it: Llama 3's scaling for contexts beyond the one trained on.

@@ -116,7 +116,7 @@ def reference(released_file):
 @pytest.fixture(scope="session", params=["byte", "json", "model", "released"])
 def tokenizer(request):
     if request.param == "byte":
-            return byte_tokenizer()
+        return byte_tokenizer()
     if request.param == "released":
         return request.getfixturevalue("released")
     return request.getfixturevalue("both")[request.param]

@@ -1,0 +1,282 @@
+"""The vision encoder: pixels of a tile in, one feature per image token out."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from llama4_eqx.config import VisionConfig
+from llama4_eqx.layers.norm import LayerNorm
+from llama4_eqx.layers.rope import Rotation, rope_frequencies
+from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
+
+
+class UnfoldConvolution(eqx.Module):
+    """Cuts an image into patches that don't overlap, row by row, and maps each one's pixels (by
+    channel, row and column) to a vector. No bias."""
+
+    linear: Float[Array, "vision_hidden channels patch patch"]
+
+    def __init__(
+        self,
+        vision_hidden: int,
+        channels: int,
+        patch: int,
+        *,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        self.linear = normal(init_std)(key, (vision_hidden, channels, patch, patch), dtype)
+
+    def __call__(
+        self, pixels: Float[Array, "*batch channels height width"]
+    ) -> Float[Array, "*batch patches vision_hidden"]:
+        *batch, channels, height, width = pixels.shape
+        patch = self.linear.shape[-1]
+        if height % patch or width % patch:
+            raise ValueError(
+                f"An image of {height} x {width} pixels can't be cut into patches of "
+                f"{patch} x {patch}: resize it to multiples of {patch}."
+            )
+        rows, columns = height // patch, width // patch
+        cut = pixels.reshape(*batch, channels, rows, patch, columns, patch)
+        out = jnp.einsum("...crpiq,dcpq->...rid", cut, self.linear)
+        return out.reshape(*batch, rows * columns, -1)
+
+
+class VisionAttention(eqx.Module):
+    """Full attention between the patches of a tile, all projections with a bias."""
+
+    q_proj: Float[Array, "heads head_dim vision_hidden"]
+    k_proj: Float[Array, "heads head_dim vision_hidden"]
+    v_proj: Float[Array, "heads head_dim vision_hidden"]
+    o_proj: Float[Array, "vision_hidden heads head_dim"]
+    q_bias: Float[Array, "heads head_dim"]
+    k_bias: Float[Array, "heads head_dim"]
+    v_bias: Float[Array, "heads head_dim"]
+    o_bias: Float[Array, "vision_hidden"]
+    dropout: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vision_hidden: int,
+        heads: int,
+        *,
+        dropout: float,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        init, head_dim = normal(init_std), vision_hidden // heads
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        self.q_proj = init(q_key, (heads, head_dim, vision_hidden), dtype)
+        self.k_proj = init(k_key, (heads, head_dim, vision_hidden), dtype)
+        self.v_proj = init(v_key, (heads, head_dim, vision_hidden), dtype)
+        self.o_proj = init(o_key, (vision_hidden, heads, head_dim), dtype)
+        self.q_bias = jnp.zeros((heads, head_dim), dtype)
+        self.k_bias = jnp.zeros((heads, head_dim), dtype)
+        self.v_bias = jnp.zeros((heads, head_dim), dtype)
+        self.o_bias = jnp.zeros(vision_hidden, dtype)
+        self.dropout = dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch patches vision_hidden"],
+        rotation: Rotation,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch patches vision_hidden"]:
+        q = rotation(jnp.einsum("...d,hkd->...hk", x, self.q_proj) + self.q_bias)
+        k = rotation(jnp.einsum("...d,hkd->...hk", x, self.k_proj) + self.k_bias)
+        v = jnp.einsum("...d,hkd->...hk", x, self.v_proj) + self.v_bias
+        scores = jnp.einsum("...qhk,...shk->...hqs", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+        if key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(key, 1 - self.dropout, weights.shape)
+            weights = jnp.where(kept, weights / (1 - self.dropout), 0)
+        out = jnp.einsum("...hqs,...shk->...qhk", weights.astype(v.dtype), v)
+        return jnp.einsum("...hk,dhk->...d", out, self.o_proj) + self.o_bias
+
+
+class VisionMLP(eqx.Module):
+    """`fc2(gelu(fc1(x)))` with biases and the exact GELU."""
+
+    fc1: Float[Array, "vision_ff vision_hidden"]
+    fc2: Float[Array, "vision_hidden vision_ff"]
+    fc1_bias: Float[Array, "vision_ff"]
+    fc2_bias: Float[Array, "vision_hidden"]
+
+    def __init__(
+        self,
+        vision_hidden: int,
+        vision_ff: int,
+        *,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        fc1_key, fc2_key = jax.random.split(key)
+        self.fc1 = normal(init_std)(fc1_key, (vision_ff, vision_hidden), dtype)
+        self.fc2 = normal(init_std)(fc2_key, (vision_hidden, vision_ff), dtype)
+        self.fc1_bias = jnp.zeros(vision_ff, dtype)
+        self.fc2_bias = jnp.zeros(vision_hidden, dtype)
+
+    def __call__(
+        self, x: Float[Array, "*batch vision_hidden"]
+    ) -> Float[Array, "*batch vision_hidden"]:
+        inner = jnp.einsum("...d,fd->...f", x, self.fc1) + self.fc1_bias
+        gelu = jax.nn.gelu(inner, approximate=False)
+        return jnp.einsum("...f,df->...d", gelu, self.fc2) + self.fc2_bias
+
+
+class VisionEncoderLayer(eqx.Module):
+    """`h = x + self_attn(norm(x))`, then `h + mlp(norm(h))`."""
+
+    input_layernorm: LayerNorm
+    self_attn: VisionAttention
+    post_attention_layernorm: LayerNorm
+    mlp: VisionMLP
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> None:
+        attention_key, mlp_key = jax.random.split(key)
+        hidden, init_std = config.hidden_size, config.initializer_range
+        self.input_layernorm = LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        self.self_attn = VisionAttention(
+            hidden,
+            config.num_attention_heads,
+            dropout=config.attention_dropout,
+            init_std=init_std,
+            dtype=dtype,
+            key=attention_key,
+        )
+        self.post_attention_layernorm = LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        self.mlp = VisionMLP(
+            hidden, config.intermediate_size, init_std=init_std, dtype=dtype, key=mlp_key
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch patches vision_hidden"],
+        rotation: Rotation,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch patches vision_hidden"]:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, key=key)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class VisionEncoder(eqx.Module):
+    """The layers, stacked along a leading `layers` axis and scanned."""
+
+    layers: VisionEncoderLayer
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> None:
+        self.layers = eqx.filter_vmap(lambda key: VisionEncoderLayer(config, dtype=dtype, key=key))(
+            jax.random.split(key, config.num_hidden_layers)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch patches vision_hidden"],
+        rotation: Rotation,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch patches vision_hidden"]:
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+        depth = len(self.layers.input_layernorm.weight)
+        keys = None if key is None else jax.random.split(key, depth)
+
+        def step(x, layer):
+            arrays, key = layer
+            return eqx.combine(arrays, static)(x, rotation, key=key), None
+
+        return lax.scan(step, x, (arrays, keys))[0]
+
+
+class VisionModel(eqx.Module):
+    """Patches, a class token *after* them, learned positions, the encoder between two norms, and the
+    pixel-shuffle adapter; the class token is dropped before the adapter."""
+
+    patch_embedding: UnfoldConvolution
+    class_embedding: Float[Array, "vision_hidden"]
+    positional_embedding_vlm: Float[Array, "patches vision_hidden"]
+    layernorm_pre: LayerNorm
+    model: VisionEncoder
+    layernorm_post: LayerNorm
+    vision_adapter: PixelShuffleMLP
+    rope_theta: float = eqx.field(static=True)
+
+    def __init__(
+        self, config: VisionConfig, *, dtype: DTypeLike = jnp.float32, key: PRNGKeyArray
+    ) -> None:
+        patch_key, class_key, position_key, encoder_key, adapter_key = jax.random.split(key, 5)
+        hidden, init_std = config.hidden_size, config.initializer_range
+        patches = (config.image_size // config.patch_size) ** 2 + 1
+        around_one = normal(hidden**-0.5)
+        self.patch_embedding = UnfoldConvolution(
+            hidden,
+            config.num_channels,
+            config.patch_size,
+            init_std=init_std,
+            dtype=dtype,
+            key=patch_key,
+        )
+        self.class_embedding = around_one(class_key, (hidden,), dtype)
+        self.positional_embedding_vlm = around_one(position_key, (patches, hidden), dtype)
+        self.layernorm_pre = LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        self.model = VisionEncoder(config, dtype=dtype, key=encoder_key)
+        self.layernorm_post = LayerNorm(hidden, eps=config.norm_eps, dtype=dtype)
+        adapter = VisionMLP2(
+            config.intermediate_size,
+            config.projector_input_dim,
+            config.projector_output_dim,
+            dropout=config.projector_dropout,
+            init_std=init_std,
+            dtype=dtype,
+            key=adapter_key,
+        )
+        self.vision_adapter = PixelShuffleMLP(adapter, config.pixel_shuffle_ratio)
+        self.rope_theta = config.rope_theta
+
+    def __call__(
+        self,
+        pixel_values: Float[Array, "*batch channels height width"],
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch image_tokens vision_out"]:
+        """The features of each tile's image tokens, row by row. `key` turns dropout on.
+
+        Raises a `ValueError` for a tile whose patches are not as many as the learned positions.
+        """
+        encoder_key, adapter_key = (None, None) if key is None else jax.random.split(key)
+        x = self.patch_embedding(pixel_values)
+        patch = self.patch_embedding.linear.shape[-1]
+        rows, columns = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        positions = self.positional_embedding_vlm.shape[0] - 1
+        if rows * columns != positions:
+            raise ValueError(
+                f"A tile has {rows} x {columns} patches, but the encoder has learned positions for "
+                f"{positions}: resize the tile."
+            )
+        class_token = jnp.broadcast_to(self.class_embedding, (*x.shape[:-2], 1, x.shape[-1]))
+        x = jnp.concatenate([x, class_token], axis=-2) + self.positional_embedding_vlm
+        heads_dim = self.model.layers.self_attn.q_proj.shape[-2]
+        rotation = rotation_2d(rows, columns, heads_dim, self.rope_theta)
+        x = self.model(self.layernorm_pre(x), rotation, key=encoder_key)
+        features = self.layernorm_post(x)[..., :-1, :]
+        return self.vision_adapter(features, rows=rows, key=adapter_key)
+
+
+def rotation_2d(rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
+    """The first half of a head's pairs turns with the patch's column, the second with its row, both
+    counted from 1; the class token, which comes last, isn't turned."""
+    row, column = np.divmod(np.arange(rows * columns, dtype=np.float32), columns)
+    frequencies = rope_frequencies(head_dim // 2, theta)
+    angles = [np.outer(1 + place, frequencies) for place in (column, row)]
+    angles = np.pad(np.concatenate(angles, axis=-1), ((0, 1), (0, 0)))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
