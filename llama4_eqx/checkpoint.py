@@ -46,8 +46,8 @@ def load_checkpoint(
 ) -> Llama4:
     """Reads a checkpoint folder, text-only or multimodal.
 
-    Of a multimodal one, `part="text"` gives a text-only model, and `part="vision"` one that can only
-    `encode_images`: the leaves of its decoder are shapes, not arrays.
+    Of a multimodal one, `part="text"` gives a text-only model, and `part="vision"` one that can
+    only `encode_images`: the leaves of its decoder are shapes, not arrays.
 
     Every tensor goes straight to its place, so that the peak of memory is the model and one tensor.
     `dtype` is that of the parameters: the file's own where None (on a CPU, float32 is faster).

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import Decoder
 from llama4_eqx.layers.cache import Filled, KVCache
+from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.mask import places as make_places
 from llama4_eqx.projector import MultiModalProjector
@@ -143,7 +144,7 @@ class Llama4(eqx.Module):
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("...d,vd->...v", hidden, head)
+        return linear(hidden, head)
 
     def empty_cache(
         self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0

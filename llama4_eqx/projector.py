@@ -9,6 +9,8 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from llama4_eqx.layers.linear import linear
+
 
 def pixel_shuffle(
     patches: Float[Array, "*batch patches channels"], ratio: float, *, rows: int | None = None
@@ -32,8 +34,8 @@ def pixel_shuffle(
         )
     if side < 1 or abs(side * ratio - 1) > 1e-6 or rows % side or columns % side:
         raise ValueError(
-            f"Squares of 1 / {ratio} patches don't cover {rows} x {columns} patches: the ratio must "
-            "be 1 over a number that divides both."
+            f"Squares of 1 / {ratio} patches don't cover {rows} x {columns} patches: the ratio must
+            " "be 1 over a number that divides both."
         )
     squares = patches.reshape(*batch, rows // side, side, columns // side, side * channels)
     tokens = jnp.swapaxes(squares, -3, -2)
@@ -66,11 +68,11 @@ class VisionMLP2(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch vision_ff"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch vision_out"]:
-        mid = jax.nn.gelu(jnp.einsum("...f,mf->...m", x, self.fc1), approximate=False)
+        mid = jax.nn.gelu(linear(x, self.fc1), approximate=False)
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1 - self.dropout, mid.shape)
             mid = jnp.where(kept, mid / (1 - self.dropout), 0)
-        return jax.nn.gelu(jnp.einsum("...m,om->...o", mid, self.fc2), approximate=False)
+        return jax.nn.gelu(linear(mid, self.fc2), approximate=False)
 
 
 class PixelShuffleMLP(eqx.Module):
@@ -107,4 +109,4 @@ class MultiModalProjector(eqx.Module):
         self.linear_1 = normal(init_std)(key, (hidden, vision_out), dtype)
 
     def __call__(self, x: Float[Array, "*batch vision_out"]) -> Float[Array, "*batch hidden"]:
-        return jnp.einsum("...o,do->...d", x, self.linear_1)
+        return linear(x, self.linear_1)

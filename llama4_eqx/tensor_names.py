@@ -1,8 +1,8 @@
 """Which tensor of a Hugging Face checkpoint each leaf of the model is.
 
-The tables below are all there is to it. A leaf equals its tensor but for its shape: parentheses join
-axes that the checkpoint keeps as one. Leaves of stacked layers hold one tensor of each layer. Nothing
-is transposed.
+The tables below are all there is to it. A leaf equals its tensor but for its shape: parentheses
+join axes that the checkpoint keeps as one. Leaves of stacked layers hold one tensor of each layer.
+Nothing is transposed.
 """
 
 import math
@@ -51,14 +51,16 @@ TEXT_LAYER = _table("""
 VISION = _table("""
     multi_modal_projector.linear_1         multi_modal_projector.linear_1.weight  hidden vision_out
     vision_model.class_embedding           vision_model.class_embedding           vision_hidden
-    vision_model.positional_embedding_vlm  vision_model.positional_embedding_vlm  patches vision_hidden
-    vision_model.patch_embedding.linear    vision_model.patch_embedding.linear.weight  vision_hidden (channels patch patch)
-    vision_model.layernorm_pre.weight      vision_model.layernorm_pre.weight      vision_hidden
-    vision_model.layernorm_pre.bias        vision_model.layernorm_pre.bias        vision_hidden
-    vision_model.layernorm_post.weight     vision_model.layernorm_post.weight     vision_hidden
-    vision_model.layernorm_post.bias       vision_model.layernorm_post.bias       vision_hidden
-    vision_model.vision_adapter.mlp.fc1    vision_model.vision_adapter.mlp.fc1.weight  vision_mid vision_ff
-    vision_model.vision_adapter.mlp.fc2    vision_model.vision_adapter.mlp.fc2.weight  vision_out vision_mid
+    vision_model.positional_embedding_vlm  vision_model.positional_embedding_vlm  patches
+    vision_hidden vision_model.patch_embedding.linear    vision_model.patch_embedding.linear.weight
+    vision_hidden (channels patch patch) vision_model.layernorm_pre.weight
+    vision_model.layernorm_pre.weight      vision_hidden vision_model.layernorm_pre.bias
+    vision_model.layernorm_pre.bias        vision_hidden vision_model.layernorm_post.weight
+    vision_model.layernorm_post.weight     vision_hidden vision_model.layernorm_post.bias
+    vision_model.layernorm_post.bias       vision_hidden vision_model.vision_adapter.mlp.fc1
+    vision_model.vision_adapter.mlp.fc1.weight  vision_mid vision_ff
+    vision_model.vision_adapter.mlp.fc2    vision_model.vision_adapter.mlp.fc2.weight  vision_out
+    vision_mid
 """)  # noqa: E501
 
 VISION_LAYER = _table("""
@@ -66,18 +68,18 @@ VISION_LAYER = _table("""
     input_layernorm.bias             input_layernorm.bias              vision_hidden
     post_attention_layernorm.weight  post_attention_layernorm.weight   vision_hidden
     post_attention_layernorm.bias    post_attention_layernorm.bias     vision_hidden
-    self_attn.q_proj                 self_attn.q_proj.weight           (heads head_dim) vision_hidden
-    self_attn.k_proj                 self_attn.k_proj.weight           (heads head_dim) vision_hidden
-    self_attn.v_proj                 self_attn.v_proj.weight           (heads head_dim) vision_hidden
-    self_attn.o_proj                 self_attn.o_proj.weight           vision_hidden (heads head_dim)
-    self_attn.q_bias                 self_attn.q_proj.bias             (heads head_dim)
-    self_attn.k_bias                 self_attn.k_proj.bias             (heads head_dim)
-    self_attn.v_bias                 self_attn.v_proj.bias             (heads head_dim)
-    self_attn.o_bias                 self_attn.o_proj.bias             vision_hidden
-    mlp.fc1                          mlp.fc1.weight                    vision_ff vision_hidden
-    mlp.fc2                          mlp.fc2.weight                    vision_hidden vision_ff
-    mlp.fc1_bias                     mlp.fc1.bias                      vision_ff
-    mlp.fc2_bias                     mlp.fc2.bias                      vision_hidden
+    self_attn.q_proj                 self_attn.q_proj.weight           (heads head_dim)
+    vision_hidden self_attn.k_proj                 self_attn.k_proj.weight           (heads
+    head_dim) vision_hidden self_attn.v_proj                 self_attn.v_proj.weight
+    (heads head_dim) vision_hidden self_attn.o_proj                 self_attn.o_proj.weight
+    vision_hidden (heads head_dim) self_attn.q_bias                 self_attn.q_proj.bias
+    (heads head_dim) self_attn.k_bias                 self_attn.k_proj.bias             (heads
+    head_dim) self_attn.v_bias                 self_attn.v_proj.bias             (heads head_dim)
+    self_attn.o_bias                 self_attn.o_proj.bias             vision_hidden mlp.fc1
+    mlp.fc1.weight                    vision_ff vision_hidden mlp.fc2
+    mlp.fc2.weight                    vision_hidden vision_ff mlp.fc1_bias
+    mlp.fc1.bias                      vision_ff mlp.fc2_bias                     mlp.fc2.bias
+    vision_hidden
 """)
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.config import VisionConfig
+from llama4_eqx.layers.linear import linear, project, unproject
 from llama4_eqx.layers.norm import LayerNorm
 from llama4_eqx.layers.rope import Rotation, rope_frequencies
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
@@ -45,8 +46,9 @@ class UnfoldConvolution(eqx.Module):
             )
         rows, columns = height // patch, width // patch
         cut = pixels.reshape(*batch, channels, rows, patch, columns, patch)
-        out = jnp.einsum("...crpiq,dcpq->...rid", cut, self.linear)
-        return out.reshape(*batch, rows * columns, -1)
+        # channels, rows, patch, columns, patch -> rows, columns, channels, patch, patch
+        cut = jnp.moveaxis(cut, (-4, -2), (-5, -4)).reshape(*batch, rows * columns, -1)
+        return linear(cut, self.linear.reshape(len(self.linear), -1))
 
 
 class VisionAttention(eqx.Module):
@@ -91,16 +93,16 @@ class VisionAttention(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
-        q = rotation(jnp.einsum("...d,hkd->...hk", x, self.q_proj) + self.q_bias)
-        k = rotation(jnp.einsum("...d,hkd->...hk", x, self.k_proj) + self.k_bias)
-        v = jnp.einsum("...d,hkd->...hk", x, self.v_proj) + self.v_bias
+        q = rotation(project(x, self.q_proj, self.q_bias))
+        k = rotation(project(x, self.k_proj, self.k_bias))
+        v = project(x, self.v_proj, self.v_bias)
         scores = jnp.einsum("...qhk,...shk->...hqs", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1 - self.dropout, weights.shape)
             weights = jnp.where(kept, weights / (1 - self.dropout), 0)
         out = jnp.einsum("...hqs,...shk->...qhk", weights.astype(v.dtype), v)
-        return jnp.einsum("...hk,dhk->...d", out, self.o_proj) + self.o_bias
+        return unproject(out, self.o_proj, self.o_bias)
 
 
 class VisionMLP(eqx.Module):
@@ -129,9 +131,8 @@ class VisionMLP(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch vision_hidden"]
     ) -> Float[Array, "*batch vision_hidden"]:
-        inner = jnp.einsum("...d,fd->...f", x, self.fc1) + self.fc1_bias
-        gelu = jax.nn.gelu(inner, approximate=False)
-        return jnp.einsum("...f,df->...d", gelu, self.fc2) + self.fc2_bias
+        inner = jax.nn.gelu(linear(x, self.fc1) + self.fc1_bias, approximate=False)
+        return linear(inner, self.fc2) + self.fc2_bias
 
 
 class VisionEncoderLayer(eqx.Module):
@@ -199,8 +200,8 @@ class VisionEncoder(eqx.Module):
 
 
 class VisionModel(eqx.Module):
-    """Patches, a class token *after* them, learned positions, the encoder between two norms, and the
-    pixel-shuffle adapter; the class token is dropped before the adapter."""
+    """Patches, a class token *after* them, learned positions, the encoder between two norms, and
+    the pixel-shuffle adapter; the class token is dropped before the adapter."""
 
     patch_embedding: UnfoldConvolution
     class_embedding: Float[Array, "vision_hidden"]

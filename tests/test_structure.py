@@ -32,7 +32,7 @@ FLOORS = (
 )
 AXES = set(
     "batch seq vocab hidden heads kv_heads head_dim ff q_seq kv_seq slots tokens experts top_k "
-    "layers pairs size new group q_block kv_block q_blocks kv_blocks 2 tiles channels height width "
+    "layers pairs size in_features out_features new group q_block kv_block q_blocks kv_blocks 2 tiles channels height width "
     "patch patches vision_hidden vision_ff vision_mid vision_out image_tokens shuffled ...".split()
 )
 

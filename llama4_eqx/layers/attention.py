@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.blockwise import attention
 from llama4_eqx.layers.cache import Filled, LayerCache
+from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.norm import rms_normalize
 from llama4_eqx.layers.rope import Rotation
@@ -100,9 +101,9 @@ class Attention(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch seq hidden"], LayerCache | None]:
         """The layer's output, and its cache with these tokens in it."""
-        q = _project(x, self.q_proj, self.q_bias)
-        k = _project(x, self.k_proj, self.k_bias)
-        v = _project(x, self.v_proj, self.v_bias)
+        q = project(x, self.q_proj, self.q_bias)
+        k = project(x, self.k_proj, self.k_bias)
+        v = project(x, self.v_proj, self.v_bias)
         if self.use_rope:
             q, k = rotation(q), rotation(k)
             if self.qk_norm_eps is not None:
@@ -126,8 +127,8 @@ class Attention(eqx.Module):
             dropout=self.dropout,
             key=key,
         )
-        out = jnp.einsum("...hsk,dhk->...sd", out, self.o_proj)
-        return out if self.o_bias is None else out + self.o_bias, cache
+        out = jnp.swapaxes(out, -2, -3)
+        return unproject(out, self.o_proj, self.o_bias), cache
 
     def _recall(
         self,
@@ -147,15 +148,6 @@ class Attention(eqx.Module):
         keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), old, places)
         k, v = (jnp.concatenate([past, new], axis=-2) for past, new in ((cache.k, k), (cache.v, v)))
         return longer, k, v, keys
-
-
-def _project(
-    x: Float[Array, "*batch seq hidden"],
-    weight: Float[Array, "heads head_dim hidden"],
-    bias: Float[Array, "heads head_dim"] | None,
-) -> Float[Array, "*batch seq heads head_dim"]:
-    out = jnp.einsum("...d,hkd->...hk", x, weight)
-    return out if bias is None else out + bias
 
 
 def _over_one_batch_axis(function, q, k, v, queries, keys, **options):

@@ -2,10 +2,11 @@
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from llama4_eqx.layers.linear import linear
 
 
 class MLP(eqx.Module):
@@ -25,6 +26,5 @@ class MLP(eqx.Module):
         self.down_proj = init(down_key, (hidden, ff), dtype)
 
     def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        gate = jnp.einsum("...d,fd->...f", x, self.gate_proj)
-        up = jnp.einsum("...d,fd->...f", x, self.up_proj)
-        return jnp.einsum("...f,df->...d", jax.nn.silu(gate) * up, self.down_proj)
+        gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
+        return linear(jax.nn.silu(gate) * up, self.down_proj)

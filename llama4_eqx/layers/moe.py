@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.grouped import grouped_mlp
+from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP
 
 
@@ -71,7 +72,7 @@ class MoE(eqx.Module):
         self, x: Float[Array, "*batch hidden"]
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
         """The layer's output, and the router's logits."""
-        logits = jnp.einsum("...d,ed->...e", x, self.router)
+        logits = linear(x, self.router)
         top_logits, chosen = jax.lax.top_k(logits, self.top_k)
         scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
         scaled = x[..., None, :] * scores[..., None]  # "*batch top_k hidden"

@@ -1,0 +1,38 @@
+"""Products with a checkpoint's `[out, in]` weights, plain and by attention heads."""
+
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def linear(
+    x: Float[Array, "*batch in_features"], weight: Float[Array, "out_features in_features"]
+) -> Float[Array, "*batch out_features"]:
+    """`x · weightᵀ`.
+
+    As one two-dimensional product: from an einsum with more axes XLA makes, on CPUs, a transposed
+    copy of the weight at every call.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def project(
+    x: Float[Array, "*batch hidden"],
+    weight: Float[Array, "heads head_dim hidden"],
+    bias: Float[Array, "heads head_dim"] | None,
+) -> Float[Array, "*batch heads head_dim"]:
+    """To every head's own vector."""
+    heads, head_dim, hidden = weight.shape
+    out = linear(x, weight.reshape(-1, hidden)).reshape(*x.shape[:-1], heads, head_dim)
+    return out if bias is None else out + bias
+
+
+def unproject(
+    x: Float[Array, "*batch heads head_dim"],
+    weight: Float[Array, "hidden heads head_dim"],
+    bias: Float[Array, "hidden"] | None,
+) -> Float[Array, "*batch hidden"]:
+    """From all heads' vectors back to one."""
+    out = linear(x.reshape(*x.shape[:-2], -1), weight.reshape(len(weight), -1))
+    return out if bias is None else out + bias
