@@ -9,6 +9,7 @@ rate at which a matrix-vector product streams weights from memory. Needs the `de
 """
 
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -90,7 +91,7 @@ def streaming_product() -> tuple[Callable[[], object], float]:
     return lambda: product(x, ws), sum(w.nbytes for w in ws)
 
 
-def reference_model(model: l4.Llama4) -> torch.nn.Module:
+def reference_model(model: l4.Llama4) -> transformers.Llama4ForCausalLM:
     with tempfile.TemporaryDirectory() as folder:
         l4.save_checkpoint(model, f"{folder}/model")
         reference = transformers.Llama4ForCausalLM.from_pretrained(
@@ -225,11 +226,8 @@ def depth() -> None:
         times = []
         for _ in range(3):
             jax.clear_caches()
-            lowered = eqx.filter_jit(lambda model, tokens: model(tokens).logits).lower(
-                model, tokens
-            )
             start = time.perf_counter()
-            lowered.compile()
+            jax.jit(lambda model, tokens: model(tokens).logits).lower(model, tokens).compile()
             times.append(time.perf_counter() - start)
         seconds[layers] = median(times)
     print(
@@ -240,6 +238,6 @@ def depth() -> None:
 
 if __name__ == "__main__":
     parts = {f.__name__: f for f in (forward, train, decode, experts, length, depth)}
-    torch.set_num_threads(len(__import__("os").sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name in sys.argv[1:] or parts:
         parts[name]()

@@ -34,8 +34,8 @@ def pixel_shuffle(
         )
     if side < 1 or abs(side * ratio - 1) > 1e-6 or rows % side or columns % side:
         raise ValueError(
-            f"Squares of 1 / {ratio} patches don't cover {rows} x {columns} patches: the ratio must
-            " "be 1 over a number that divides both."
+            f"Squares of 1 / {ratio} patches don't cover {rows} x {columns} patches: the ratio "
+            "must be 1 over a number that divides both."
         )
     squares = patches.reshape(*batch, rows // side, side, columns // side, side * channels)
     tokens = jnp.swapaxes(squares, -3, -2)

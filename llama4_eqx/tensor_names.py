@@ -48,38 +48,40 @@ TEXT_LAYER = _table("""
     feed_forward.shared_expert.down_proj  feed_forward.shared_expert.down_proj.weight  hidden ff
 """)
 
+PROJECTOR = _table("""
+    multi_modal_projector.linear_1  multi_modal_projector.linear_1.weight  hidden vision_out
+""")
+
+# Of `vision_model`, on both sides.
 VISION = _table("""
-    multi_modal_projector.linear_1         multi_modal_projector.linear_1.weight  hidden vision_out
-    vision_model.class_embedding           vision_model.class_embedding           vision_hidden
-    vision_model.positional_embedding_vlm  vision_model.positional_embedding_vlm  patches
-    vision_hidden vision_model.patch_embedding.linear    vision_model.patch_embedding.linear.weight
-    vision_hidden (channels patch patch) vision_model.layernorm_pre.weight
-    vision_model.layernorm_pre.weight      vision_hidden vision_model.layernorm_pre.bias
-    vision_model.layernorm_pre.bias        vision_hidden vision_model.layernorm_post.weight
-    vision_model.layernorm_post.weight     vision_hidden vision_model.layernorm_post.bias
-    vision_model.layernorm_post.bias       vision_hidden vision_model.vision_adapter.mlp.fc1
-    vision_model.vision_adapter.mlp.fc1.weight  vision_mid vision_ff
-    vision_model.vision_adapter.mlp.fc2    vision_model.vision_adapter.mlp.fc2.weight  vision_out
-    vision_mid
-""")  # noqa: E501
+    class_embedding           class_embedding                vision_hidden
+    positional_embedding_vlm  positional_embedding_vlm       patches vision_hidden
+    patch_embedding.linear    patch_embedding.linear.weight  vision_hidden (channels patch patch)
+    layernorm_pre.weight      layernorm_pre.weight           vision_hidden
+    layernorm_pre.bias        layernorm_pre.bias             vision_hidden
+    layernorm_post.weight     layernorm_post.weight          vision_hidden
+    layernorm_post.bias       layernorm_post.bias            vision_hidden
+    vision_adapter.mlp.fc1    vision_adapter.mlp.fc1.weight  vision_mid vision_ff
+    vision_adapter.mlp.fc2    vision_adapter.mlp.fc2.weight  vision_out vision_mid
+""")
 
 VISION_LAYER = _table("""
-    input_layernorm.weight           input_layernorm.weight            vision_hidden
-    input_layernorm.bias             input_layernorm.bias              vision_hidden
-    post_attention_layernorm.weight  post_attention_layernorm.weight   vision_hidden
-    post_attention_layernorm.bias    post_attention_layernorm.bias     vision_hidden
-    self_attn.q_proj                 self_attn.q_proj.weight           (heads head_dim)
-    vision_hidden self_attn.k_proj                 self_attn.k_proj.weight           (heads
-    head_dim) vision_hidden self_attn.v_proj                 self_attn.v_proj.weight
-    (heads head_dim) vision_hidden self_attn.o_proj                 self_attn.o_proj.weight
-    vision_hidden (heads head_dim) self_attn.q_bias                 self_attn.q_proj.bias
-    (heads head_dim) self_attn.k_bias                 self_attn.k_proj.bias             (heads
-    head_dim) self_attn.v_bias                 self_attn.v_proj.bias             (heads head_dim)
-    self_attn.o_bias                 self_attn.o_proj.bias             vision_hidden mlp.fc1
-    mlp.fc1.weight                    vision_ff vision_hidden mlp.fc2
-    mlp.fc2.weight                    vision_hidden vision_ff mlp.fc1_bias
-    mlp.fc1.bias                      vision_ff mlp.fc2_bias                     mlp.fc2.bias
-    vision_hidden
+    input_layernorm.weight           input_layernorm.weight           vision_hidden
+    input_layernorm.bias             input_layernorm.bias             vision_hidden
+    post_attention_layernorm.weight  post_attention_layernorm.weight  vision_hidden
+    post_attention_layernorm.bias    post_attention_layernorm.bias    vision_hidden
+    self_attn.q_proj                 self_attn.q_proj.weight          (heads head_dim) vision_hidden
+    self_attn.k_proj                 self_attn.k_proj.weight          (heads head_dim) vision_hidden
+    self_attn.v_proj                 self_attn.v_proj.weight          (heads head_dim) vision_hidden
+    self_attn.o_proj                 self_attn.o_proj.weight          vision_hidden (heads head_dim)
+    self_attn.q_bias                 self_attn.q_proj.bias            (heads head_dim)
+    self_attn.k_bias                 self_attn.k_proj.bias            (heads head_dim)
+    self_attn.v_bias                 self_attn.v_proj.bias            (heads head_dim)
+    self_attn.o_bias                 self_attn.o_proj.bias            vision_hidden
+    mlp.fc1                          mlp.fc1.weight                   vision_ff vision_hidden
+    mlp.fc2                          mlp.fc2.weight                   vision_hidden vision_ff
+    mlp.fc1_bias                     mlp.fc1.bias                     vision_ff
+    mlp.fc2_bias                     mlp.fc2.bias                     vision_hidden
 """)
 
 
@@ -111,32 +113,37 @@ def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:
 def _tensors_of_leaf(
     model: Llama4, leaf: int, name: str, shape: tuple[int, ...], text_prefix: str
 ) -> list[Tensor]:
-    if name in VISION:
-        tensor, axes = VISION[name]
-        return [Tensor(tensor, _joined(shape, axes), leaf, None)]
+    def whole(prefix: str, row: tuple[str, str]) -> list[Tensor]:
+        return [Tensor(prefix + row[0], _joined(shape, row[1]), leaf, None)]
+
+    def stacked(prefix: str, numbers: range, row: tuple[str, str]) -> list[Tensor]:
+        sizes = _joined(shape[1:], row[1])
+        return [Tensor(f"{prefix}{n}.{row[0]}", sizes, leaf, i) for i, n in enumerate(numbers)]
+
+    in_encoder = name.removeprefix("vision_model.")
+    in_encoder_layer = name.removeprefix("vision_model.model.layers.")
+    in_decoder = re.fullmatch(r"decoder\.(blocks|tail)\.layers\.(\d+)\.(.+)", name)
+    if name in PROJECTOR:
+        return whole("", PROJECTOR[name])
     if name in TEXT:
-        tensor, axes = TEXT[name]
-        return [Tensor(text_prefix + tensor, _joined(shape, axes), leaf, None)]
-    if in_vision := re.fullmatch(r"vision_model\.model\.layers\.(.+)", name):
-        tensor, axes = VISION_LAYER[in_vision[1]]
-        return [
-            Tensor(f"vision_model.model.layers.{i}.{tensor}", _joined(shape[1:], axes), leaf, i)
-            for i in range(shape[0])
-        ]
-    in_text = re.fullmatch(r"decoder\.(blocks|tail)\.layers\.(\d+)\.(.+)", name)
-    if in_text is None or in_text[3] not in TEXT_LAYER:
+        return whole(text_prefix, TEXT[name])
+    if name != in_encoder and in_encoder in VISION:
+        return whole("vision_model.", VISION[in_encoder])
+    if name != in_encoder_layer and in_encoder_layer in VISION_LAYER:
+        row = VISION_LAYER[in_encoder_layer]
+        return stacked("vision_model.model.layers.", range(shape[0]), row)
+    if in_decoder is None or in_decoder[3] not in TEXT_LAYER:
         raise ValueError(f"The leaf {name} has no tensor: add it to the tables of tensor_names.py.")
-    tensor, axes = TEXT_LAYER[in_text[3]]
-    decoder, number = model.decoder, int(in_text[2])
-    cycle = 0 if decoder.blocks is None else len(decoder.blocks.layers)
-    layers = f"{text_prefix}model.layers"
-    if in_text[1] == "tail":
-        number += decoder.depth_of_stack * cycle
-        return [Tensor(f"{layers}.{number}.{tensor}", _joined(shape, axes), leaf, None)]
-    return [
-        Tensor(f"{layers}.{i * cycle + number}.{tensor}", _joined(shape[1:], axes), leaf, i)
-        for i in range(decoder.depth_of_stack)
-    ]
+    row, number, layers = (
+        TEXT_LAYER[in_decoder[3]],
+        int(in_decoder[2]),
+        f"{text_prefix}model.layers.",
+    )
+    cycle = 0 if model.decoder.blocks is None else len(model.decoder.blocks.layers)
+    in_stack = model.decoder.depth_of_stack * cycle
+    if in_decoder[1] == "tail":
+        return whole(f"{layers}{in_stack + number}.", row)
+    return stacked(layers, range(number, in_stack, cycle), row)
 
 
 def _joined(sizes: tuple[int, ...], axes: str) -> tuple[int, ...]:

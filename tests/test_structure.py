@@ -32,8 +32,10 @@ FLOORS = (
 )
 AXES = set(
     "batch seq vocab hidden heads kv_heads head_dim ff q_seq kv_seq slots tokens experts top_k "
-    "layers pairs size in_features out_features new group q_block kv_block q_blocks kv_blocks 2 tiles channels height width "
-    "patch patches vision_hidden vision_ff vision_mid vision_out image_tokens shuffled ...".split()
+    "layers pairs size in_features out_features new group q_block kv_block q_blocks kv_blocks 2 "
+    "tiles channels height width patch patches vision_hidden vision_ff vision_mid vision_out "
+    "image_tokens shuffled ...".split()
+)
 )
 
 
@@ -118,10 +120,11 @@ def test_full_size_tables_are_complete(config):
 def test_tables_speak_the_annotations_words(config):
     """The tables' axes, without parentheses, are those of the leaf's annotation."""
     model = eqx.filter_eval_shape(l4.Llama4, config, key=jax.random.key(0))
-    whole = tensor_names.TEXT | tensor_names.VISION
+    whole = tensor_names.TEXT | tensor_names.PROJECTOR
+    whole |= {f"vision_model.{leaf}": row for leaf, row in tensor_names.VISION.items()}
     for leaf, axes in leaf_axes(model).items():
         in_text = re.sub(r"decoder\.(blocks|tail)\.layers\.\d+\.", "", leaf)
-        in_vision = re.sub(r"vision_model\.model\.layers\.", "", leaf)
+        in_vision = leaf.removeprefix("vision_model.model.layers.")
         if leaf in whole:
             _, table_axes = whole[leaf]
         elif in_text != leaf:

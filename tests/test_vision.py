@@ -215,7 +215,7 @@ def test_size_errors(pair):
     _, model = pair
     with pytest.raises(ValueError, match="multiples of 7"):
         model.vision_model(random_pixels(1, size=30))
-    with pytest.raises(ValueError, match="has 5 x 5 patches, but .* positions for 16"):
+    with pytest.raises(ValueError, match=r"has 5 x 5 patches, but .* positions for 16"):
         model.vision_model(random_pixels(1, size=35))
     text_only = l4.Llama4(l4.Llama4Config.tiny(), key=jax.random.key(0))
     with pytest.raises(ValueError, match="text-only"):

@@ -25,7 +25,15 @@ HEADER_START = "<|header_start|>"
 HEADER_END = "<|header_end|>"
 EOM = "<|eom|>"
 EOT = "<|eot|>"
+PYTHON_START = "<|python_start|>"
+PYTHON_END = "<|python_end|>"
 PAD = "<|finetune_right_pad|>"
+IMAGE_START = "<|image_start|>"
+IMAGE_END = "<|image_end|>"
+TILE_X_SEPARATOR = "<|tile_x_separator|>"
+TILE_Y_SEPARATOR = "<|tile_y_separator|>"
+IMAGE = "<|image|>"
+PATCH = "<|patch|>"
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -325,7 +333,8 @@ def _tokenizers():
 
 
 def byte_tokenizer() -> JsonTokenizer:
-    """For models trained from nothing: 256 bytes, whose ids they are, then seven special tokens."""
+    """For models trained from nothing: 256 bytes, whose ids they are, then the special tokens of
+    documents and turns, of tool calls and of images."""
     library = _tokenizers()
     ids = {chr(byte): byte for byte in range(256) if byte not in _INVISIBLE}
     ids |= {chr(character): byte for character, byte in _BYTE_OF.items()}
@@ -335,6 +344,8 @@ def byte_tokenizer() -> JsonTokenizer:
     )
     backend.decoder = library.decoders.ByteLevel()
     names = [BEGIN_OF_TEXT, END_OF_TEXT, HEADER_START, HEADER_END, EOM, EOT, PAD]
+    names += [PYTHON_START, PYTHON_END]
+    names += [IMAGE_START, IMAGE_END, TILE_X_SEPARATOR, TILE_Y_SEPARATOR, IMAGE, PATCH]
     backend.add_special_tokens(names)
     return JsonTokenizer(backend)
 
