@@ -36,7 +36,6 @@ AXES = set(
     "tiles channels height width patch patches vision_hidden vision_ff vision_mid vision_out "
     "image_tokens shuffled ...".split()
 )
-)
 
 
 def modules():
