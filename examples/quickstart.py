@@ -25,7 +25,7 @@ import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 
 FOLDER = Path("runs/quickstart")
-STEPS, BATCH, SEQ = 400, 16, 256
+STEPS, BATCH, SEQ = 500, 16, 256
 
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
@@ -39,7 +39,7 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
         vocab_size=tokenizer.vocab_size,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

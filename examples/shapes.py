@@ -27,13 +27,15 @@ def main() -> None:
 def describe(name: str, config: l4.Llama4Config) -> None:
     """Parameters, cache and one forward call of a full-size model."""
     model = eqx.filter_eval_shape(l4.Llama4, config, dtype=jnp.bfloat16, key=jax.random.key(0))
-    total = sum(leaf.size for leaf in jax.tree.leaves(model))
+    total = count(model)
+    vision = count((model.vision_model, model.multi_modal_projector))
     text = config.text_config
     expert = 3 * text.hidden_size * text.intermediate_size
     moe_layers = sum(text.layer_is_moe(i) for i in range(text.num_hidden_layers))
     idle = moe_layers * (text.num_local_experts - text.num_experts_per_tok) * expert
     print(
-        f"{name}: {total / 1e9:.1f} billion parameters, {(total - idle) / 1e9:.1f} active a token"
+        f"{name}: {(total - vision) / 1e9:.1f} billion parameters of text, of which a token meets "
+        f"{(total - vision - idle) / 1e9:.1f}; {vision / 1e9:.1f} of vision"
     )
     print(f"  parameters in bfloat16: {2 * total / GIB:,.0f} GiB")
     for tokens in (8_192, 131_072, 1_048_576):
@@ -52,6 +54,11 @@ def describe(name: str, config: l4.Llama4Config) -> None:
     print(f"  router logits: {output.router_logits.dtype.name}{list(output.router_logits.shape)}\n")
 
 
+def count(module: object) -> int:
+    """The number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(module))
+
+
 def make_a_mistake() -> None:
     """Gives a mask for one token too few."""
     model = l4.Llama4(l4.Llama4Config.tiny(), key=jax.random.key(0))
@@ -60,10 +67,8 @@ def make_a_mistake() -> None:
     try:
         model(tokens, mask=jnp.ones((2, 9), bool))
     except TypeCheckError as error:
-        told = [
-            line for line in str(error).splitlines() if "typechecking" in line or "value" in line
-        ]
-        print("  " + "\n  ".join(told or [str(error)]))
+        told = ("The problem", "Actual value", "Expected type")
+        print("\n".join(f"  {line}" for line in str(error).splitlines() if line.startswith(told)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The stack of decoder layers: a repeating cycle, stacked and scanned, and whatever is left
-over."""
+"""The stack of decoder layers: a repeating cycle, stacked and scanned, and what is left over."""
 
 import equinox as eqx
 import jax
@@ -125,8 +124,7 @@ class DecoderBlock(eqx.Module):
         tuple[LayerCache, ...] | None,
         tuple[Float[Array, "*batch seq experts"], ...],
     ]:
-        """The last layer's output, each layer's cache, and each mixture of experts' router
-        logits."""
+        """The last layer's output, each layer's cache, and the router's logits of each MoE layer."""
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         router_logits, new_caches = [], []
         for i, layer in enumerate(self.layers):
@@ -189,8 +187,7 @@ class Decoder(eqx.Module):
         KVCache | None,
         Float[Array, "layers *batch seq experts"],
     ]:
-        """The normed hidden states, the cache, and the router's logits of each MoE layer in
-        turn."""
+        """The normed hidden states, the cache, and the router's logits of each MoE layer."""
         blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
         rotation = self.rope(places.positions)
         caches = None if cache is None else cache.blocks
@@ -274,8 +271,7 @@ class Decoder(eqx.Module):
 
 
 def layer_cycle(config: TextConfig) -> int:
-    """The length of the smallest cycle that the layer pattern repeats, the last time perhaps in
-    part."""
+    """The length of the smallest cycle that the layers repeat, the last time perhaps in part."""
     kinds = [
         (config.layer_is_nope(i), config.layer_is_moe(i), config.layer_chunk_size(i))
         for i in range(config.num_hidden_layers)

@@ -24,8 +24,7 @@ def prefill(
     pixel_values: Float[Array, "tiles channels height width"] | None = None,
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
-    """Reads a prompt, or its next piece: the logits after each row's last real token, and the
-    cache.
+    """Reads a prompt or its next piece: the logits after each row's last token, and the cache.
 
     `mask` is True at real tokens, on whichever side the padding is. A long prompt may come in
     pieces, each with the cache that the last one returned and with the images of its own tokens. Of
@@ -93,8 +92,7 @@ def stream(
     key: PRNGKeyArray | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Iterator[Int[Array, "*batch"]]:
-    """The same tokens as `generate`, each as soon as it is known; ends when every row has
-    stopped."""
+    """The tokens of `generate`, each as soon as it is known; ends when every row has stopped."""
     _check_request(max_new_tokens, sampler, key)
     key = jax.random.key(0) if key is None else key
     prompt = _Prompt(tokens, mask, pixel_values, image_embeddings)

@@ -1,14 +1,13 @@
-"""Settings of the whole suite: strict promotion, no chance of a silent cast; toy models by name."""
+"""Settings of the whole suite: strict promotion, so no silent cast; no pile of compiled programs."""
 
 import jax
 import pytest
 
-from tests.toys import TOYS
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(params=TOYS)
-def toy_config(request):
-    """Every toy config in turn: together they cross every rule of the model."""
-    return TOYS[request.param]
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Each one holds memory mappings, of which a process may have only so many."""
+    yield
+    jax.clear_caches()
