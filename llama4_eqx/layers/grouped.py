@@ -132,8 +132,8 @@ def _widen(rows: Array, spare: int) -> Array:
     return jnp.pad(rows.astype(_wide(rows)), ((0, spare), (0, 0)))
 
 
-def _wide(x: Array):
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _wide(x: Array) -> Any:
+    return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
 def _visit_blocks(

@@ -1,10 +1,18 @@
-"""Text and chats to token ids and back, on the host: no JAX here."""
+"""Chats, texts and images to what the model takes, and token ids back to text: no JAX here."""
 
+from llama4_eqx.processing.chat import ImagePart as ImagePart
 from llama4_eqx.processing.chat import Message as Message
 from llama4_eqx.processing.chat import ToolCall as ToolCall
 from llama4_eqx.processing.chat import encode_chat as encode_chat
 from llama4_eqx.processing.chat import format_chat as format_chat
 from llama4_eqx.processing.chat import load_chat_template as load_chat_template
+from llama4_eqx.processing.images import ImageProcessor as ImageProcessor
+from llama4_eqx.processing.images import ImageSource as ImageSource
+from llama4_eqx.processing.images import TiledImage as TiledImage
+from llama4_eqx.processing.images import draw_tiles as draw_tiles
+from llama4_eqx.processing.images import load_image as load_image
+from llama4_eqx.processing.inputs import Inputs as Inputs
+from llama4_eqx.processing.inputs import process as process
 from llama4_eqx.processing.tokenizer import Tokenizer as Tokenizer
 from llama4_eqx.processing.tokenizer import TokenStream as TokenStream
 from llama4_eqx.processing.tokenizer import byte_tokenizer as byte_tokenizer

@@ -1,24 +1,32 @@
 """Llama 4's chat format: messages to the text, or the token ids, of a prompt.
 
 A conversation is `<|begin_of_text|>`, then for each message `<|header_start|>role<|header_end|>`,
-two newlines, the content and `<|eot|>`. Sources: `ChatFormat` in llama-models 0.3.0, and the chat
-template that the releases ship.
+two newlines, the content and `<|eot|>`. This is the chat template that the releases ship, of which
+`transformers` 5.24 holds a copy. `ChatFormat` in llama-models 0.3.0 differs from it in that
+- a call of a tool is `{"type": "function", "name": …, "parameters": …}` after the bare content, and
+  ends, as a tool's answer does, with `<|eom|>`; the answer is no JSON string;
+- each part of a content is encoded by itself;
+- a leading system message is not stripped.
 """
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from llama4_eqx.processing.images import ImageSource
 from llama4_eqx.processing.tokenizer import (
     BEGIN_OF_TEXT,
-    EOM,
     EOT,
     HEADER_END,
     HEADER_START,
+    IMAGE,
+    PYTHON_END,
+    PYTHON_START,
     Tokenizer,
 )
 
@@ -51,11 +59,22 @@ class ToolCall:
 
 @final
 @dataclasses.dataclass(frozen=True)
+class ImagePart:
+    """The place of an image within a content, with the image unless that is given elsewhere."""
+
+    image: ImageSource | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn; `role` is system, user, assistant, or tool (ipython) for what a tool returned."""
+    """One turn; `role` is system, user, assistant, or tool (ipython) for what a tool returned.
+
+    `content` is a text, or its parts in reading order: texts, and images where they stand.
+    """
 
     role: str
-    content: str
+    content: str | Sequence[str | ImagePart]
     tool_calls: tuple[ToolCall, ...] = ()
 
     def __post_init__(self):
@@ -64,13 +83,33 @@ class Message:
             raise ValueError(f"role must be one of {', '.join(_HEADERS)}; got {self.role!r}")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"only the assistant calls tools; got tool_calls of the {self.role}")
+        strangers = [part for part in self.parts if not isinstance(part, str | ImagePart)]
+        if strangers:
+            raise ValueError(
+                f"content must be a text, or texts and ImageParts; got {strangers[0]!r} in it: "
+                "for messages made of dicts, there is Message.from_dict"
+            )
+        if self.image_parts and self.role not in ("user", "assistant"):
+            raise ValueError(f"only the user and the assistant show images; got a {self.role}'s")
+
+    @property
+    def parts(self) -> tuple[str | ImagePart, ...]:
+        """The parts of the content, of which a text is the only one."""
+        return (self.content,) if isinstance(self.content, str) else tuple(self.content)
+
+    @property
+    def image_parts(self) -> tuple[ImagePart, ...]:
+        """The parts that are images."""
+        return tuple(part for part in self.parts if isinstance(part, ImagePart))
 
     @classmethod
     def from_dict(cls, message: Mapping[str, Any]) -> "Message":
         """From `{"role": …, "content": …}`, as chats are commonly kept.
 
-        The assistant's may have `tool_calls`, and then None for content. `name` and `tool_call_id`
-        have no place in the format and are left out; any other key is an error.
+        The content may be a list of `{"type": "text", "text": …}` and of `{"type": "image"}`, the
+        latter with the image itself under "image" or "path", or without. The assistant's may have
+        `tool_calls`, and then None for content. `name` and `tool_call_id` have no place in the
+        format and are left out; any other key is an error.
         """
         unknown = set(message) - {"role", "content", "tool_calls", "name", "tool_call_id"}
         if unknown or "role" not in message:
@@ -82,12 +121,25 @@ class Message:
         content = message.get("content")
         if content is None and calls:
             content = ""
-        if not isinstance(content, str):
+        if isinstance(content, list | tuple):
+            content = tuple(map(_part_from_dict, content))
+        elif not isinstance(content, str):
             raise ValueError(
-                f"content must be a string, got {type(content).__name__}: join the texts of its "
-                "parts if it has any; images have no place in a text chat"
+                f"content must be a string or a list of parts; got {type(content).__name__}"
             )
         return cls(message["role"], content, calls)
+
+
+def _part_from_dict(part: Any) -> str | ImagePart:
+    match part:
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return text
+        case {"type": "image", **rest} if not rest or set(rest) in ({"image"}, {"path"}):
+            return ImagePart(*rest.values())
+    raise ValueError(
+        'a part of a content is {"type": "text", "text": …} or {"type": "image"}, the latter '
+        f"perhaps with the image under image or path (nothing is fetched); got {part!r}"
+    )
 
 
 @final
@@ -104,14 +156,18 @@ def _pieces(
         if not isinstance(message, Message):
             message = Message.from_dict(message)
         yield from _header(message.role)
-        # The released template strips a leading system message, no other; Meta's code strips none.
-        leads = place == 0 and message.role == "system"
-        yield message.content.strip() if leads else message.content
-        for call in message.tool_calls:
-            yield json.dumps({"type": "function", "name": call.name, "parameters": call.arguments})
-        # A message to or from a tool doesn't end the assistant's turn.
-        within_turn = message.tool_calls or message.role in ("tool", "ipython")
-        yield _Control(EOM if within_turn else EOT)
+        content = [part if isinstance(part, str) else _Control(IMAGE) for part in message.parts]
+        if message.role in ("tool", "ipython"):
+            yield _to_json(_content_for_templates(message))
+        elif message.tool_calls:
+            yield from (_Control(PYTHON_START), *content, _Control(PYTHON_END))
+            for call in message.tool_calls:
+                yield _to_json({"name": call.name, "parameters": call.arguments})
+        elif place == 0 and message.role == "system":
+            yield "".join(content).strip()
+        else:
+            yield from content
+        yield _Control(EOT)
     if add_generation_prompt:
         yield from _header("assistant")
 
@@ -126,7 +182,7 @@ def _header(role: str) -> Iterator[str]:
 def format_chat(
     messages: Iterable[Message | Mapping[str, Any]], *, add_generation_prompt: bool = True
 ) -> str:
-    """The prompt as text, to be read.
+    """The prompt as text, to be read; each image is `<|image|>`.
 
     For running, use `encode_chat`: in a text, control tokens that a user wrote look like real ones.
     """
@@ -142,13 +198,15 @@ def encode_chat(
     """The prompt as token ids; with `add_generation_prompt` the assistant is next to speak.
 
     Control tokens are placed by id and contents are ordinary text, so nothing in a content can end
-    its turn. Each content is encoded by itself, as in Meta's code; `transformers` encodes it with
-    the two newlines before it, which differs where the content begins with one more.
+    its turn or pass for an image. Otherwise the ids are those of the text: what stands between two
+    control tokens is encoded as one. Each image is one `<|image|>`, for `process` to expand.
     """
     ids = []
-    for piece in _pieces(messages, add_generation_prompt):
-        control = isinstance(piece, _Control)
-        ids += [tokenizer.token_id(piece)] if control else tokenizer.encode(piece)
+    runs = itertools.groupby(
+        _pieces(messages, add_generation_prompt), lambda piece: isinstance(piece, _Control)
+    )
+    for control, run in runs:
+        ids += map(tokenizer.token_id, run) if control else tokenizer.encode("".join(run))
     return ids
 
 
@@ -210,11 +268,20 @@ def load_chat_template(folder: str | os.PathLike[str]) -> Callable[..., str]:
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    turn: dict[str, Any] = {"role": message.role, "content": _content_for_templates(message)}
     if message.tool_calls:  # templates ask whether there is such a key
         functions = map(dataclasses.asdict, message.tool_calls)
         turn["tool_calls"] = [{"type": "function", "function": call} for call in functions]
     return turn
+
+
+def _content_for_templates(message: Message) -> str | list[dict[str, str]]:
+    if isinstance(message.content, str):
+        return message.content
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in message.parts
+    ]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -17,39 +17,37 @@ from llama4_eqx.layers.grouped import grouped_mlp
 
 HIDDEN, FF = 16, 24
 TOLERANCE = 1e-5
-# Group sizes, and the number of rows.
+# Group sizes, and the number of rows. Few shapes, as each is compiled.
 GROUPS = {
-    "even": ((8, 8, 8, 8), 32),
-    "uneven": ((0, 3, 0, 17, 1, 9, 0), 30),
-    "huge": ((0, 0, 170, 0), 170),
-    "many blocks": ((100, 1, 301, 0), 402),
-    "nobody's rows": ((5, 0, 7), 20),
-    "nobody's huge": ((40, 0, 1, 2), 500),
-    "nobody's only": ((0, 0), 5),
-    "fewer rows than experts": ((0, 1, 0, 0, 1, 0, 0, 0), 2),
+    "even": ((8, 8, 8, 8, 8, 8), 48),
+    "uneven": ((0, 3, 0, 17, 28, 0), 48),
+    "huge": ((0, 0, 48, 0, 0, 0), 48),
+    "nobody's rows": ((5, 0, 0, 7, 1, 0), 48),
+    "nobody's only": ((0, 0, 0, 0, 0, 0), 48),
+    "many blocks": ((100, 1, 301, 0), 410),
+    "fewer rows than experts": ((0, 1, 0, 0, 1, 0, 0, 0), 3),
     "one expert": ((13,), 13),
-    "one row": ((0, 0, 1, 0), 1),
+    "one row": ((0, 1), 1),
     "no rows": ((0, 0), 0),
 }
 
 
 def operands(tokens: int, experts: int, *, hidden=HIDDEN, ff=FF, dtype=jnp.float32, seed=0):
     """Random rows, both weights, and the derivative of the output."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = (tokens, hidden), (experts, hidden, 2, ff), (experts, ff, hidden), (tokens, hidden)
-    scales = 1.0, 0.3, 0.3, 1.0
-    return tuple(
-        (scale * jax.random.normal(key, shape)).astype(dtype)
-        for key, shape, scale in zip(keys, shapes, scales, strict=True)
-    )
+    rows_key, gate_up_key, down_key, d_out_key = jax.random.split(jax.random.key(seed), 4)
+    rows = jax.random.normal(rows_key, (tokens, hidden))
+    gate_up = jax.random.normal(gate_up_key, (experts, hidden, 2, ff)) * 0.3
+    down = jax.random.normal(down_key, (experts, ff, hidden)) * 0.3
+    d_out = jax.random.normal(d_out_key, (tokens, hidden))
+    return rows.astype(dtype), gate_up.astype(dtype), down.astype(dtype), d_out.astype(dtype)
 
 
 @partial(jax.jit, static_argnames="backend")
 def run(rows, gate_up, down, d_out, sizes, backend):
     """The output, and the gradients of rows and weights."""
 
-    def forward(*inputs):
-        return grouped_mlp(*inputs, sizes, backend=backend)
+    def forward(rows, gate_up, down):
+        return grouped_mlp(rows, gate_up, down, sizes, backend=backend)
 
     out, vjp = jax.vjp(forward, rows, gate_up, down)
     return out, *vjp(d_out)
@@ -64,7 +62,8 @@ def assert_close(values, truths, tolerance=TOLERANCE):
         assert error <= tolerance * np.abs(truth).max(initial=0)
 
 
-def loop(rows, gate_up, down, sizes):
+def loop(inputs, sizes):
+    rows, gate_up, down = inputs
     out = np.zeros_like(rows)
     for row, expert in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
         gate, up = np.einsum("d,dgf->gf", rows[row], gate_up[expert])
@@ -79,7 +78,7 @@ def test_dense_is_a_loop_over_rows(group):
     inputs = operands(tokens, len(sizes))
     out, *grads = run(*inputs, jnp.array(sizes), "dense")
     *exact, d_out = (np.asarray(x, np.float64) for x in inputs)
-    assert_close([out], [loop(*exact, sizes)])
+    assert_close([out], [loop(exact, sizes)])
 
     rng = np.random.default_rng(0)
     for moved in range(3):
@@ -88,7 +87,7 @@ def test_dense_is_a_loop_over_rows(group):
             [x + step * way if i == moved else x for i, x in enumerate(exact)]
             for step in (1e-4, -1e-4)
         )
-        slope = ((loop(*ahead, sizes) - loop(*behind, sizes)) / 2e-4 * d_out).sum()
+        slope = ((loop(ahead, sizes) - loop(behind, sizes)) / 2e-4 * d_out).sum()
         terms = np.asarray(grads[moved], np.float64) * way
         assert abs(terms.sum() - slope) <= TOLERANCE * np.abs(terms).sum()
 
@@ -100,8 +99,9 @@ def test_backends_equal_dense(group, backend):
     inputs = operands(tokens, len(sizes))
     values = run(*inputs, jnp.array(sizes), backend)
     assert_close(values, run(*inputs, jnp.array(sizes), "dense"))
-    # By default the gradient isn't kept for: another, leaner forward.
-    assert_close([grouped_mlp(*inputs[:3], jnp.array(sizes), backend=backend)], values[:1])
+    # Where nobody asks for gradients, nothing is kept for them.
+    undifferentiated = jax.jit(grouped_mlp, static_argnames="backend")
+    assert_close([undifferentiated(*inputs[:3], jnp.array(sizes), backend=backend)], values[:1])
     for nobody in (x[sum(sizes) :] for x in values[:2]):
         assert not np.any(nobody)
 
@@ -114,15 +114,17 @@ def test_any_group_sizes(ends):
     assert_close(run(*inputs, sizes, "blocked"), run(*inputs, sizes, "dense"))
 
 
-@pytest.mark.parametrize("backend", ["dense", "ragged", "blocked"])
-def test_bfloat16(backend):
-    """Errors of a few roundings, however many blocks the weights' gradients are summed over."""
+@pytest.mark.parametrize(
+    ("backend", "tolerance"), [("dense", 2e-2), ("ragged", 2e-2), ("blocked", 2**-8 + TOLERANCE)]
+)
+def test_bfloat16(backend, tolerance):
+    """Blocked rounds once, at the end; the others also between the products."""
     sizes = jnp.array([3, 0, 410, 60])
     inputs = operands(480, 4, dtype=jnp.bfloat16)
     values = run(*inputs, sizes, backend)
     assert {value.dtype for value in values} == {jnp.dtype(jnp.bfloat16)}
     truth = run(*(x.astype(jnp.float32) for x in inputs), sizes, "dense")
-    assert_close([x.astype(jnp.float32) for x in values], truth, tolerance=2e-2)
+    assert_close([x.astype(jnp.float32) for x in values], truth, tolerance)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -185,7 +187,9 @@ def test_shard_map(backend):
 
 
 def temporary_bytes(function, *inputs) -> int:
-    return jax.jit(function).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+    memory = jax.jit(function).lower(*inputs).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def test_blocked_takes_little_memory():
@@ -221,7 +225,10 @@ def test_blocked_copies_one_expert_at_a_time(tokens, dtype):
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_default_backend(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    jaxpr = jax.make_jaxpr(grouped_mlp)(*operands(4, 2)[:3], jnp.array([1, 3]))
+    # Wrapped, as JAX remembers what it traced.
+    jaxpr = jax.make_jaxpr(lambda *inputs: grouped_mlp(*inputs))(
+        *operands(4, 2)[:3], jnp.array([1, 3])
+    )
     assert ("ragged_dot" in str(jaxpr)) == (platform != "cpu")
 
 

@@ -53,6 +53,7 @@ def by_transformers(
         bias = make(CONFIG, embeds, tokens.long(), cache)
     else:
         bias = make(CONFIG, embeds, None, None, position_ids=torch.tensor(np.asarray(positions)))
+    assert isinstance(bias, torch.Tensor)
     seen = (bias[:, 0] == 0).numpy()
     # A chunk's cache has let go of the oldest keys.
     return np.pad(seen, ((0, 0), (0, 0), (length - seen.shape[2], 0)))
