@@ -124,7 +124,7 @@ class DecoderBlock(eqx.Module):
         tuple[LayerCache, ...] | None,
         tuple[Float[Array, "*batch seq experts"], ...],
     ]:
-        """The last layer's output, each layer's cache, and the router's logits of each MoE layer."""
+        """The last layer's output, each layer's cache, and each MoE layer's router logits."""
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         router_logits, new_caches = [], []
         for i, layer in enumerate(self.layers):

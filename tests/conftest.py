@@ -1,4 +1,4 @@
-"""Settings of the whole suite: strict promotion, so no silent cast; no pile of compiled programs."""
+"""Settings of the whole suite: strict promotion, so no silent cast; compiled programs let go."""
 
 import jax
 import pytest
