@@ -41,6 +41,18 @@ def test_logits_and_router_logits(name, tmp_path):
         assert relative_error(ours.reshape(theirs.shape), theirs) < 2e-5
 
 
+def test_rows_longer_than_a_block_of_attention(tmp_path):
+    """Of 300 tokens, so that attention goes block by block; with padding, so that blocks differ."""
+    reference, model = pair(SCOUT, tmp_path)
+    tokens = random_tokens(2, 300)
+    mask = jnp.arange(300) >= jnp.array([0, 170])[:, None]
+    logits = eqx.filter_jit(model)(tokens, mask=mask).logits
+    for row in range(2):
+        with torch.no_grad():
+            truth = reference(as_torch(tokens[row][mask[row]])[None]).logits[0]
+        assert relative_error(logits[row][mask[row]], truth) < 2e-5
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("config", [SCOUT, MAVERICK], ids=["scout", "maverick"])
 def test_greedy_generation_over_chunk_edges(config, form, tmp_path):

@@ -228,9 +228,8 @@ def _forward(settings, q, k, v, queries, keys, key):
         zeros = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
         start = jnp.zeros(q_i.shape, jnp.float32), zeros + LOWEST, zeros
         out, top, total = lax.fori_loop(0, count, visit, start)
-        # Infinity makes all probabilities of a query without keys 0 in the backward pass.
-        logsumexp = jnp.where(total == 0, jnp.inf, top + jnp.log(total))
-        return (out / jnp.where(total == 0, 1, total)).astype(q.dtype), logsumexp
+        total = jnp.where(total == 0, 1, total)
+        return (out / total).astype(q.dtype), top + jnp.log(total)
 
     visits = _visits(queries, keys, settings.chunk_size)
     out, logsumexp = lax.map(attend, (jnp.arange(q.shape[0]), q, queries, *visits))
