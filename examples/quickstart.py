@@ -25,7 +25,7 @@ import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 
 FOLDER = Path("runs/quickstart")
-STEPS, BATCH, SEQ = 500, 16, 256
+STEPS, BATCH, SEQ = 500, 8, 256
 
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:

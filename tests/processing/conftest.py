@@ -16,8 +16,8 @@ from llama4_eqx.processing import load_tokenizer
 def meta():
     """Meta's `llama4` package, its reader of `tokenizer.model`, and our tokenizer of that file."""
     spec = importlib.util.find_spec("llama_models")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llama-models")
+    assert spec is not None, "install the extra `dev`, which has llama-models"
+    assert spec.submodule_search_locations
     # Only what touches pixels uses torchvision, which isn't installed, and it makes Pillow accept
     # broken files. `patch.dict` puts `sys.modules` back, so that nothing imported over the
     # stand-ins outlives this fixture.

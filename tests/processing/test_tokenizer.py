@@ -95,10 +95,10 @@ def _gpt2_alphabet() -> list[str]:
 
 @pytest.fixture(scope="session")
 def released_file():
-    """Meta's tokenizer.model, where llama-models is installed; finding it imports nothing."""
+    """Meta's tokenizer.model, of the package llama-models; finding it imports nothing."""
     spec = importlib.util.find_spec("llama_models")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llama-models")
+    assert spec is not None, "install the extra `dev`, which has llama-models"
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "llama4" / "tokenizer.model"
 
 
