@@ -14,6 +14,7 @@ from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
+from llama4_eqx.layers.remat import keep_products
 from llama4_eqx.layers.rope import RotaryEmbedding, Rotation
 
 
@@ -129,7 +130,7 @@ class DecoderBlock(eqx.Module):
         router_logits, new_caches = [], []
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
-            x, cache, logits = layer(x, places, rotation, cache, filled, key=keys[i])
+            x, cache, logits = keep_products(layer)(x, places, rotation, cache, filled, key=keys[i])
             new_caches.append(cache)
             if logits is not None:
                 router_logits.append(logits)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.remat import keep
+
 Backend = Literal["dense", "ragged", "blocked"]
 
 
@@ -36,8 +38,7 @@ def grouped_mlp(
         backend = "blocked" if jax.default_backend() == "cpu" else "ragged"
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be None or one of {get_args(Backend)}, got {backend!r}")
-    gate_up = gate_up_proj.reshape(*gate_up_proj.shape[:2], -1)
-    return _BACKENDS[backend](rows, gate_up, down_proj, group_sizes)
+    return _BACKENDS[backend](rows, gate_up_proj, down_proj, group_sizes)
 
 
 def _swiglu(gate_up: Array) -> Array:
@@ -45,11 +46,17 @@ def _swiglu(gate_up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
+def _side_by_side(gate_up: Array) -> Array:
+    """`[…, 2, ff]` to `[…, 2 · ff]`."""
+    return gate_up.reshape(*gate_up.shape[:-2], -1)
+
+
 def _owned(rows: Array, sizes: Array) -> Array:
     return (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
 
 
 def _dense(rows: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
+    gate_up = _side_by_side(gate_up)
     row, ends = jnp.arange(rows.shape[0]), jnp.cumsum(sizes)[:, None]
     mine = (ends - sizes[:, None] <= row) & (row < ends)
     out = jnp.einsum("etf,efd->etd", _swiglu(jnp.einsum("td,edf->etf", rows, gate_up)), down)
@@ -57,9 +64,10 @@ def _dense(rows: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
 
 
 def _ragged(rows: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
+    gate_up = _side_by_side(gate_up)
     # What ragged_dot and its derivatives leave in the rows of nobody is up to the platform.
     owned = _owned(rows, sizes)
-    hidden = lax.ragged_dot(jnp.where(owned, rows, 0), gate_up, sizes)
+    hidden = keep(lax.ragged_dot(jnp.where(owned, rows, 0), gate_up, sizes))
     out = lax.ragged_dot(_swiglu(jnp.where(owned, hidden, 0)), down, sizes)
     return jnp.where(owned, out, 0)
 
@@ -72,7 +80,7 @@ def _blocked(rows: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
 def _forward(rows, gate_up, down, sizes, keep_hidden=True):
     block, spare = _block_sizes(rows.shape[0], sizes.shape[0])
     x = _widen(rows, spare)
-    hidden = jnp.zeros_like(x, shape=(x.shape[0], gate_up.shape[-1])) if keep_hidden else None
+    hidden = jnp.zeros_like(x, shape=(x.shape[0], 2 * gate_up.shape[-1])) if keep_hidden else None
 
     def visit(state, start, end, expert, w_gate_up, w_down):
         out, hidden = state
@@ -84,6 +92,7 @@ def _forward(rows, gate_up, down, sizes, keep_hidden=True):
         return out, hidden
 
     out, hidden = _visit_blocks(visit, (jnp.zeros_like(x), hidden), block, gate_up, down, sizes)
+    hidden = keep(hidden) if keep_hidden else None
     out = jnp.where(_owned(rows, sizes), out[: rows.shape[0]], 0)
     return out.astype(rows.dtype), (x, hidden, gate_up, down, sizes)
 
@@ -102,7 +111,7 @@ def _backward(residuals, d_out):
         block_x = lax.dynamic_slice_in_dim(x, start, block)
         return (
             lax.dynamic_update_slice_in_dim(d_x, d_hidden @ w_gate_up.T, start, axis=0),
-            d_gate_up.at[expert].add(block_x.T @ d_hidden),
+            d_gate_up.at[expert].add((block_x.T @ d_hidden).reshape(gate_up.shape[1:])),
             d_down.at[expert].add(act.T @ block_d_out),
         )
 
@@ -151,7 +160,10 @@ def _visit_blocks(
         # The barrier ties the weights to `i`: else XLA converts bfloat16 weights of all experts to
         # float32 ahead of the loop, which triples the memory.
         gate_ups, downs, expert = lax.optimization_barrier((gate_up, down, busy[i]))
-        weights = gate_ups[expert].astype(_wide(gate_up)), downs[expert].astype(_wide(down))
+        weights = (
+            _side_by_side(gate_ups[expert]).astype(_wide(gate_up)),
+            downs[expert].astype(_wide(down)),
+        )
         end, size = ends[expert], sizes[expert]
 
         def visit_block(j, state):
