@@ -25,7 +25,7 @@ import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 
 FOLDER = Path("runs/quickstart")
-STEPS, BATCH, SEQ = 500, 8, 256
+STEPS, BATCH, SEQ = 450, 8, 256
 
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
@@ -72,7 +72,7 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
 
 def train(model: l4.Llama4, tokens: np.ndarray, steps: int) -> l4.Llama4:
     """The model after so many steps on random pieces of the text."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, steps // 20, steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, steps // 20, steps, 1e-4)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
