@@ -1,7 +1,7 @@
 """Times this package against `transformers` (eager torch) on this machine, in one run.
 
     python examples/benchmark.py            # everything, about five minutes
-    python examples/benchmark.py decode     # or: forward train decode experts length depth
+    python examples/benchmark.py decode     # or: forward train decode vision experts length depth
 
 Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
 the same run: matmul-bound work against the rate of one plain matrix product, decoding against the
@@ -86,10 +86,10 @@ def plain_product() -> tuple[Callable[[], object], float]:
 
 
 def streaming_product() -> tuple[Callable[[], object], float]:
-    """Matrix-vector products over more weights than any cache holds, and their bytes."""
-    x, ws = jnp.ones((1, 512)), [jnp.ones((512, 2048)) * i for i in range(64)]
-    product = jax.jit(lambda x, ws: [x @ w for w in ws])
-    return lambda: product(x, ws), sum(w.nbytes for w in ws)
+    """A matrix-vector product over more weights than any cache holds, and their bytes."""
+    x, w = jnp.ones((1, 512)), jnp.ones((131072, 512))
+    product = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+    return lambda: product(x, w), w.nbytes
 
 
 def reference_model(model: l4.Llama4) -> Any:
@@ -183,6 +183,45 @@ def decode() -> None:
     )
 
 
+def vision() -> None:
+    """The vision encoder, pixels to features: the releases' tiles and patches, narrower layers."""
+    config = l4.VisionConfig(
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        vision_output_dim=1024,
+        projector_input_dim=1024,
+        projector_output_dim=1024,
+    )
+    model = l4.VisionModel(config, key=jax.random.key(0))
+    reference = transformers.Llama4VisionModel(transformers.Llama4VisionConfig(**config.to_hf()))
+    reference.set_attn_implementation("sdpa")
+    reference.eval()
+    pixels = jax.random.normal(jax.random.key(1), (BATCH, 3, config.image_size, config.image_size))
+    torch_pixels = torch.tensor(np.asarray(pixels))
+    run = eqx.filter_jit(lambda model, pixels: model(pixels))
+
+    def theirs():
+        with torch.no_grad():
+            return reference(torch_pixels).last_hidden_state.numpy()
+
+    product, operations = plain_product()
+    seconds = interleaved(
+        {"ours": lambda: run(model, pixels), "transformers": theirs, "product": product}
+    )
+    hidden, patches = config.hidden_size, 1 + (config.image_size // config.patch_size) ** 2
+    attention = 4 * hidden**2 + 2 * patches * hidden
+    layer = patches * (attention + 2 * hidden * config.intermediate_size)
+    floor = operations / seconds["product"] / (2 * config.num_hidden_layers * layer)
+    ours, their_rate = BATCH / seconds["ours"], BATCH / seconds["transformers"]
+    print(
+        f"vision   ours {ours:7.2f} tiles/s    transformers {their_rate:6.2f}   "
+        f"ratio {ours / their_rate:5.2f}   of the matmul floor {ours / floor:.0%} "
+        f"(transformers {their_rate / floor:.0%})"
+    )
+
+
 def report(
     name: str, seconds: dict[str, float], tokens: int, operations: float, *, passes: int
 ) -> None:
@@ -238,7 +277,7 @@ def depth() -> None:
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (forward, train, decode, experts, length, depth)}
+    parts = {f.__name__: f for f in (forward, train, decode, vision, experts, length, depth)}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name in sys.argv[1:] or parts:
         parts[name]()

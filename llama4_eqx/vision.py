@@ -96,12 +96,11 @@ class VisionAttention(eqx.Module):
         q = rotation(project(x, self.q_proj, self.q_bias))
         k = rotation(project(x, self.k_proj, self.k_bias))
         v = project(x, self.v_proj, self.v_bias)
-        scores = jnp.einsum("...qhk,...shk->...hqs", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
-        if key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, weights.shape)
-            weights = jnp.where(kept, weights / (1 - self.dropout), 0)
-        out = jnp.einsum("...hqs,...shk->...qhk", weights.astype(v.dtype), v)
+        q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
+        keys = None if key is None else jax.random.split(key, len(q))
+        # One image at a time, whose scores fit in a CPU's cache.
+        out = lax.map(lambda image: _attend(*image, dropout=self.dropout), (q, k, v, keys))
+        out = out.reshape(*x.shape[:-1], *out.shape[-2:])
         return unproject(out, self.o_proj, self.o_bias)
 
 
@@ -281,3 +280,22 @@ def rotation_2d(rows: int, columns: int, head_dim: int, theta: float) -> Rotatio
     angles = [np.outer(1 + place, frequencies) for place in (column, row)]
     angles = np.pad(np.concatenate(angles, axis=-1), ((0, 1), (0, 0)))
     return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+@eqx.filter_checkpoint
+def _attend(
+    q: Float[Array, "patches heads head_dim"],
+    k: Float[Array, "patches heads head_dim"],
+    v: Float[Array, "patches heads head_dim"],
+    key: PRNGKeyArray | None,
+    *,
+    dropout: float,
+) -> Float[Array, "patches heads head_dim"]:
+    """Softmax attention of each patch over its whole image. Backward computes the scores again."""
+    q, k, v = (jnp.swapaxes(part, 0, 1) for part in (q, k, v))
+    scores = jnp.einsum("hqk,hsk->hqs", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    if key is not None and dropout > 0:
+        kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
+    return jnp.swapaxes(jnp.einsum("hqs,hsk->hqk", weights.astype(v.dtype), v), 0, 1)

@@ -1,9 +1,11 @@
-"""Settings of the whole suite: strict promotion, so no silent cast; compiled programs let go."""
+"""Settings of the whole suite: strict promotion, so no silent cast; eight devices for the tests
+that share out work; compiled programs let go."""
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,24 +3,27 @@
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 import transformers
 
 import llama4_eqx as l4
-from llama4_eqx.processing import load_tokenizer
+from llama4_eqx.processing import byte_tokenizer, load_tokenizer
+from tests.toys import MULTIMODAL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, cwd: Path | None = None) -> str:
     command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -56,6 +59,30 @@ def test_generate(folder):
     assert said.startswith("The ")
     assert said == run(*prompt, "--temperature", "0")
     assert run(*prompt, "--chat")
+
+
+def test_describe(tmp_path):
+    """A picture of 2 × 1 tiles of 28 pixels, and a small one, through a toy model."""
+    assert "hf download" in run("describe.py")
+    tokenizer, folder = byte_tokenizer(), tmp_path / "model"
+    text = replace(MULTIMODAL.text_config, vocab_size=tokenizer.vocab_size)
+    config = replace(
+        MULTIMODAL, text_config=text, image_token_index=tokenizer.token_id("<|patch|>")
+    )
+    l4.save_checkpoint(l4.Llama4(config, key=jax.random.key(0)), folder)
+    tokenizer.save(folder)
+    shades = np.random.default_rng(0).integers(0, 256, (56, 28, 3), dtype=np.uint8)
+    PIL.Image.fromarray(shades).save(tmp_path / "tall.png")
+    PIL.Image.fromarray(shades[:9, :9]).save(tmp_path / "small.png")
+
+    request = ("describe.py", "model", "tall.png", "small.png", "--max-new-tokens", "9")
+    said = run(*request, "--temperature", "0", cwd=tmp_path)
+    assert said == run(*request, "--temperature", "0", cwd=tmp_path)
+    assert len(said.splitlines()) > 2
+    gap = config.vision_config.patch_size
+    for i, side in ((1, 2 * (28 + gap) + gap), (2, 28 + 2 * gap)):
+        with PIL.Image.open(tmp_path / f"runs/describe/tiles-{i}.png") as sheet:
+            assert sheet.size == (side, side)
 
 
 def test_shapes():

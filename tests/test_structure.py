@@ -16,18 +16,20 @@ import transformers
 
 import llama4_eqx as l4
 from llama4_eqx import tensor_names
+from llama4_eqx.axes import axis_words
 from tests.toys import MULTIMODAL, TOYS
 
 PACKAGE = Path(l4.__file__).parent
 FLOORS = (
-    ("hf_config",),
+    ("hf_config", "axes"),
     ("config",),
     ("layers",),
     ("projector", "decoder"),
     ("vision",),
     ("model", "processing"),
     ("tensor_names", "sampling"),
-    ("checkpoint", "generate"),
+    ("checkpoint", "generate", "linen"),
+    ("meta",),
     ("__init__",),
 )
 AXES = set(
@@ -72,27 +74,6 @@ def test_every_public_thing_has_a_docstring():
                 assert ast.get_docstring(node), f"{path}:{node.lineno} {node.name}"
 
 
-def leaf_axes(model):
-    """The annotation of every array leaf, as `name -> axes`, found by walking the modules."""
-    found = {}
-
-    def walk(module, path):
-        for field, hint in module.__annotations__.items():
-            value = getattr(module, field)
-            here = f"{path}.{field}" if path else field
-            if isinstance(value, eqx.Module):
-                walk(value, here)
-            elif isinstance(value, tuple):
-                for i, item in enumerate(value):
-                    walk(item, f"{here}.{i}")
-            elif isinstance(value, jax.ShapeDtypeStruct):
-                options = getattr(hint, "__args__", (hint,))
-                found[here] = next(h.dim_str for h in (hint, *options) if hasattr(h, "dim_str"))
-
-    walk(model, "")
-    return found
-
-
 @pytest.mark.parametrize("config", [l4.Llama4Config.scout(), l4.Llama4Config.maverick()])
 def test_full_size_tables_are_complete(config):
     """Each tensor that `transformers` has, by name and shape, is one place in one leaf of ours."""
@@ -121,7 +102,8 @@ def test_tables_speak_the_annotations_words(config):
     model = eqx.filter_eval_shape(l4.Llama4, config, key=jax.random.key(0))
     whole = tensor_names.TEXT | tensor_names.PROJECTOR
     whole |= {f"vision_model.{leaf}": row for leaf, row in tensor_names.VISION.items()}
-    for leaf, axes in leaf_axes(model).items():
+    for leaf, words in axis_words(model).items():
+        axes = " ".join(words).removeprefix("layers ")
         in_text = re.sub(r"decoder\.(blocks|tail)\.layers\.\d+\.", "", leaf)
         in_vision = leaf.removeprefix("vision_model.model.layers.")
         if leaf in whole:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 
 from llama4_eqx.processing.chat import Message, encode_chat
-from llama4_eqx.processing.images import ImageProcessor, ImageSource
+from llama4_eqx.processing.images import ImageProcessor, ImageSource, TiledImage
 from llama4_eqx.processing.tokenizer import IMAGE, Tokenizer
 
 
@@ -48,7 +48,8 @@ def process(
 
     image_processor = image_processor or ImageProcessor()
     supply = iter(given)
-    tiled = [image_processor(next(supply) if part.image is None else part.image) for part in parts]
+    sources = [next(supply) if part.image is None else part.image for part in parts]
+    tiled = [_tiles(image_processor, place, source) for place, source in enumerate(sources)]
     layouts = (image_processor.layout(image.rows, image.columns) for image in tiled)
     placeholder = tokenizer.token_id(IMAGE)
     expanded = []
@@ -56,3 +57,10 @@ def process(
         expanded += map(tokenizer.token_id, next(layouts)) if token == placeholder else [token]
     pixel_values = np.concatenate([image.pixel_values for image in tiled])
     return Inputs(np.array(expanded, np.int32), pixel_values)
+
+
+def _tiles(image_processor: ImageProcessor, place: int, source: ImageSource) -> TiledImage:
+    try:
+        return image_processor(source)
+    except ValueError as error:
+        raise ValueError(f"image {place + 1} of the conversation: {error}") from error

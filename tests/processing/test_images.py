@@ -514,6 +514,13 @@ def test_as_many_images_as_places(tokenizer, count):
         process(tokenizer, QUESTION, [picture(9, 9)] * count)
 
 
+def test_a_bad_image_is_named_by_its_place(tokenizer):
+    bad = np.zeros((3, 9, 9), np.uint8)
+    content = [ImagePart(), "and", ImagePart()]
+    with pytest.raises(ValueError, match="image 2 of the conversation: an array must"):
+        process(tokenizer, [Message("user", content)], [picture(9, 9), bad])
+
+
 def test_an_image_needs_a_place(tokenizer):
     with pytest.raises(ValueError, match="got 1 images for 0 such parts"):
         process(tokenizer, [Message("user", "<|image|>")], [picture(9, 9)])
