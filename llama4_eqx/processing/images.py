@@ -5,9 +5,9 @@ the rest is black. If there are several tiles, the whole image follows, squeezed
 
 This is Meta's reference (llama-models 0.3.0, `llama4/preprocess.py`) value for value: Pillow's
 antialiased bilinear resize of 8-bit pixels, normalised in float32. `transformers` 5.24 resizes with
-torchvision and normalises in bfloat16, so that its values are up to 1.5 of 255 levels away (of an
-image one pixel wide, which torchvision doesn't smooth, all of them); and as it computes sizes in
-float32, a few shapes (one of 6,000 at random) come out a row or column off.
+torchvision and normalises in bfloat16, so that its values are up to 1.5 of 255 levels away (far
+more where an image is a single pixel wide); and as it computes sizes in float32, a few shapes (one
+of 6,000 at random) come out a row or column off.
 """
 
 import dataclasses
