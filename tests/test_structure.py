@@ -28,7 +28,7 @@ FLOORS = (
     ("vision",),
     ("model", "processing"),
     ("tensor_names", "sampling"),
-    ("checkpoint", "generate", "linen"),
+    ("checkpoint", "generate", "linen", "losses"),
     ("meta",),
     ("__init__",),
 )
