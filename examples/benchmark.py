@@ -172,7 +172,7 @@ def decode() -> None:
             "transformers prompt": lambda: theirs(1),
             "stream": stream,
         },
-        rounds=3,
+        rounds=7,
     )
     ours = NEW / (seconds["ours"] - seconds["ours prompt"])
     theirs_rate = NEW / (seconds["transformers"] - seconds["transformers prompt"])
