@@ -118,7 +118,12 @@ def convert_meta_checkpoint(
     if target.exists():
         raise FileExistsError(f"{target} exists: choose another folder.")
     shards = _open(source)
-    config = _config(source, shards[0])
+    try:
+        config = _config(source, shards[0])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{source} is damaged: params.json can't be read, or it or the tensors lack {error}."
+        ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent))
     try:
@@ -127,6 +132,12 @@ def convert_meta_checkpoint(
             shutil.copy2(source / "tokenizer.model", partial)
         partial.chmod(0o755)  # mkdtemp's folders are private
         partial.rename(target)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Could not write {target}: {error.strerror or error}. Nothing was left there; make "
+            "room or choose another place, and convert again.",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
@@ -146,20 +157,18 @@ def _open(source: Path) -> list[dict[str, Any]]:
     files = sorted(source.glob("consolidated.*.pth"))
     if not files or not (source / "params.json").is_file():
         raise FileNotFoundError(f"{source} doesn't hold params.json and consolidated.*.pth.")
-    shards = []
+    torch, shards = _torch(), []
     for file in files:
         try:
-            shard = _torch().load(file, map_location="cpu", mmap=True, weights_only=True)
-        except ImportError:
-            raise
+            shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises whatever a broken file leads it to
             raise CheckpointError(
                 f"{file} can't be read as plain tensors ({error}): it is cut short, damaged, or "
                 "holds other Python objects, which are never loaded."
             ) from error
         shards.append({name: t for name, t in shard.items() if not _DERIVED.search(name)})
-    different = set.symmetric_difference(*(set(s) for s in (shards[0], shards[-1])))
-    if different or any(s.keys() != shards[0].keys() for s in shards):
+    different = set().union(*shards) - set(shards[0]).intersection(*shards)
+    if different:
         raise CheckpointError(f"The files of {source} hold different tensors: {sorted(different)}")
     return shards
 

@@ -216,6 +216,16 @@ def test_errors(meta, tmp_path):
     uneven = save(tmp_path / "uneven", [state, {}], PARAMS)
     with pytest.raises(l4.CheckpointError, match="hold different tensors"):
         convert_meta_checkpoint(uneven, tmp_path / "hf")
+    poor = save(tmp_path / "poor", [state], {"dim": 64})
+    with pytest.raises(l4.CheckpointError, match="lack 'n_heads'"):
+        convert_meta_checkpoint(poor, tmp_path / "hf")
+    full = save(tmp_path / "full", [state], PARAMS)
+    no_room = OSError(28, "No space left on device")
+    with (
+        mock.patch("llama4_eqx.meta._write", side_effect=no_room),
+        pytest.raises(OSError, match="Nothing was left there; make room"),
+    ):
+        convert_meta_checkpoint(full, tmp_path / "hf")
     with pytest.raises(FileExistsError, match="choose another folder"):
         convert_meta_checkpoint(uneven, tmp_path / "strange")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["strange", "uneven"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "poor", "strange", "uneven"]
