@@ -50,10 +50,7 @@ class RotaryEmbedding(eqx.Module):
 
     def frequencies(self) -> np.ndarray:
         """Radians per position of each pair."""
-        # Rounded to float32 where the reference rounds, with an exact power: at position 10⁶ one
-        # bit of a frequency is a tenth of a radian.
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        frequencies = 1 / (self.theta ** exponents.astype(np.float64)).astype(np.float32)
+        frequencies = rope_frequencies(self.head_dim, self.theta)
         # How often a pair turns round within the original context decides how it is stretched.
         turns = self.original_max_positions * frequencies / np.float32(2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
