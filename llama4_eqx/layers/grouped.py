@@ -92,7 +92,7 @@ def _forward(rows, gate_up, down, sizes, keep_hidden=True):
         return out, hidden
 
     out, hidden = _visit_blocks(visit, (jnp.zeros_like(x), hidden), block, gate_up, down, sizes)
-    hidden = keep(hidden) if keep_hidden else None
+    hidden = keep(hidden)
     out = jnp.where(_owned(rows, sizes), out[: rows.shape[0]], 0)
     return out.astype(rows.dtype), (x, hidden, gate_up, down, sizes)
 

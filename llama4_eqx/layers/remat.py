@@ -24,5 +24,6 @@ def keep_products(function: Callable[..., _T]) -> Callable[..., _T]:
     policy = policies.save_from_both_policies(
         policies.dots_saveable, policies.save_only_these_names("kept")
     )
-    # No barriers against common subexpressions: the compiler has none to find across a scan.
+    # Without barriers: across a scan the compiler can't merge both computations, and where layers
+    # are unrolled it may if it likes.
     return eqx.filter_checkpoint(function, policy=policy, prevent_cse=False)
