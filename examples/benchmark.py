@@ -1,6 +1,6 @@
 """Times this package against `transformers` (eager torch) on this machine, in one run.
 
-    python examples/benchmark.py            # everything, about five minutes
+    python examples/benchmark.py            # everything, about ten minutes
     python examples/benchmark.py decode     # or: forward train decode vision experts length depth
 
 Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
