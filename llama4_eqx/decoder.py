@@ -1,5 +1,7 @@
 """The stack of decoder layers: a repeating cycle, stacked and scanned, and what is left over."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from llama4_eqx.config import TextConfig
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
 from llama4_eqx.layers.cache import Filled, KVCache, LayerCache
+from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
-from llama4_eqx.layers.remat import keep_products
+from llama4_eqx.layers.remat import Keep, remat
 from llama4_eqx.layers.rope import RotaryEmbedding, Rotation
 
 
@@ -119,6 +122,7 @@ class DecoderBlock(eqx.Module):
         caches: tuple[LayerCache, ...] | None = None,
         filled: Filled | None = None,
         *,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
@@ -128,9 +132,14 @@ class DecoderBlock(eqx.Module):
         """The last layer's output, each layer's cache, and each MoE layer's router logits."""
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         router_logits, new_caches = [], []
+
+        @partial(remat, keep=keep)
+        def run(layer, x, cache, key):
+            return merged(layer)(x, places, rotation, cache, filled, key=key)
+
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
-            x, cache, logits = keep_products(layer)(x, places, rotation, cache, filled, key=keys[i])
+            x, cache, logits = run(layer, x, cache, keys[i])
             new_caches.append(cache)
             if logits is not None:
                 router_logits.append(logits)
@@ -182,13 +191,15 @@ class Decoder(eqx.Module):
         cache: KVCache | None = None,
         filled: Filled | None = None,
         *,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
         KVCache | None,
         Float[Array, "layers *batch seq experts"],
     ]:
-        """The normed hidden states, the cache, and the router's logits of each MoE layer."""
+        """The normed hidden states, the cache, and the router's logits of each MoE layer. `keep` is
+        what the backward pass keeps of each layer; see `remat`."""
         blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
         rotation = self.rope(places.positions)
         caches = None if cache is None else cache.blocks
@@ -201,7 +212,7 @@ class Decoder(eqx.Module):
             def step(x, repeat):
                 arrays, caches, key = repeat
                 block = eqx.combine(arrays, static)
-                x, caches, logits = block(x, places, rotation, caches, filled, key=key)
+                x, caches, logits = block(x, places, rotation, caches, filled, keep=keep, key=key)
                 return x, (caches, logits)
 
             x, (caches, stacked_logits) = lax.scan(step, x, (arrays, caches, keys))
@@ -210,7 +221,7 @@ class Decoder(eqx.Module):
                 router_logits.append(in_order.reshape(-1, *in_order.shape[2:]))
         tail_caches = None if cache is None else cache.tail
         x, tail_caches, tail_logits = self.tail(
-            x, places, rotation, tail_caches, filled, key=tail_key
+            x, places, rotation, tail_caches, filled, keep=keep, key=tail_key
         )
         if tail_logits:
             router_logits.append(jnp.stack(tail_logits))

@@ -7,6 +7,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.mask import places
+from llama4_eqx.layers.moe import choose_experts
+from llama4_eqx.layers.remat import Keep
 from llama4_eqx.model import Llama4
 
 
@@ -124,16 +126,22 @@ def next_token_loss(
     pixel_values: Float[Array, "tiles channels height width"] | None = None,
     z_loss: float = 0.0,
     piece: int = 1024,
+    keep: Keep = "products",
     key: PRNGKeyArray | None = None,
 ) -> NextTokenLoss:
     """Each token predicted from those before it in its own document.
 
-    `mask`, `segment_ids`, `pixel_values` and `key` are those of the model's call. Of the tokens to
-    be predicted, `target_mask` picks those that count: the assistant's, say. See `token_loss` for
-    the rest.
+    `mask`, `segment_ids`, `pixel_values`, `keep` and `key` are those of the model's call. Of the
+    tokens to be predicted, `target_mask` picks those that count: the assistant's, say. See
+    `token_loss` for the rest.
     """
     hidden, _, router_logits = model.hidden_states(
-        tokens, mask=mask, segment_ids=segment_ids, pixel_values=pixel_values, key=key
+        tokens,
+        mask=mask,
+        segment_ids=segment_ids,
+        pixel_values=pixel_values,
+        keep=keep,
+        key=key,
     )
     segments = places(tokens.shape, mask=mask, segment_ids=segment_ids).segments
     follows = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] >= 0)
@@ -169,12 +177,15 @@ def router_report(
     *,
     top_k: int,
     mask: Bool[Array, "*batch seq"] | None = None,
+    selection_bias: Float[Array, "layers experts"] | None = None,
 ) -> RouterReport:
-    """Reads an `Output.router_logits`; padding, where `mask` is False, isn't counted."""
+    """Reads an `Output.router_logits`; padding, where `mask` is False, isn't counted. A
+    `selection_bias` is that of a model that has one; see `llama4_eqx.balance`."""
     layers, experts = router_logits.shape[0], router_logits.shape[-1]
     logits = router_logits.reshape(layers, -1, experts).astype(jnp.float32)
     weights = _shares(jnp.ones(logits.shape[1], bool) if mask is None else mask)
-    chosen = lax.top_k(logits, top_k)[1]
+    bias = None if selection_bias is None else selection_bias[:, None]
+    _, chosen = choose_experts(logits, top_k, bias)
     hits = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).sum(-2)
     per_token = jnp.einsum("lte,t->le", hits, weights)
     probability = jnp.einsum("lte,t->le", jax.nn.softmax(logits, axis=-1), weights)

@@ -13,6 +13,7 @@ from llama4_eqx.layers.cache import Filled, KVCache
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.mask import places as make_places
+from llama4_eqx.layers.remat import Keep
 from llama4_eqx.projector import MultiModalProjector
 from llama4_eqx.vision import VisionModel
 
@@ -72,6 +73,7 @@ class Llama4(eqx.Module):
         pixel_values: Float[Array, "tiles channels height width"] | None = None,
         image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """The logits of each token's successor.
@@ -81,7 +83,8 @@ class Llama4(eqx.Module):
         `positions` overrides the count from each row's (or document's) first real token.
         `pixel_values` are the tiles of all rows' images in reading order; `image_embeddings` are
         what `encode_images` makes of them, to be passed instead. With a `cache`, the tokens
-        continue what it holds. With a `key`, dropout is on.
+        continue what it holds. With a `key`, dropout is on. `keep` says what of each layer is kept
+        for the backward pass: its matrix `"products"`, `"nothing"` (smallest) or `"everything"`.
 
         Raises a `ValueError` for arguments that exclude each other, and at run time for a token
         outside the vocabulary, for image tokens that are not as many as the images' features, and
@@ -95,6 +98,7 @@ class Llama4(eqx.Module):
             pixel_values=pixel_values,
             image_embeddings=image_embeddings,
             cache=cache,
+            keep=keep,
             key=key,
         )
         return Output(self.unembed(hidden), cache, router_logits)
@@ -109,6 +113,7 @@ class Llama4(eqx.Module):
         pixel_values: Float[Array, "tiles channels height width"] | None = None,
         image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
@@ -135,11 +140,11 @@ class Llama4(eqx.Module):
         if pixel_values is not None:
             if image_embeddings is not None:
                 raise ValueError("Pass pixel_values or image_embeddings, not both.")
-            image_embeddings = encode_images(self, pixel_values, key=image_key)
+            image_embeddings = encode_images(self, pixel_values, keep=keep, key=image_key)
         if image_embeddings is not None:
             is_image = tokens == self.config.image_token_index
             embedded = _place_images(embedded, is_image, image_embeddings)
-        return self.decoder(embedded, places, cache, filled, key=decoder_key)
+        return self.decoder(embedded, places, cache, filled, keep=keep, key=decoder_key)
 
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
@@ -165,12 +170,13 @@ def encode_images(
     model: Llama4,
     pixel_values: Float[Array, "tiles channels height width"],
     *,
+    keep: Keep = "products",
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "tiles image_tokens hidden"]:
     """What takes the place of each tile's image tokens, in the decoder's width."""
     if model.vision_model is None or model.multi_modal_projector is None:
         raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
-    features = model.vision_model(pixel_values, key=key)
+    features = model.vision_model(pixel_values, keep=keep, key=key)
     return model.multi_modal_projector(features)
 
 

@@ -133,6 +133,11 @@ def _tensors_of_leaf(
         row = VISION_LAYER[in_encoder_layer]
         return stacked("vision_model.model.layers.", range(shape[0]), row)
     if in_decoder is None or in_decoder[3] not in TEXT_LAYER:
+        if name.endswith(".selection_bias"):
+            raise ValueError(
+                f"{name} has no place in a checkpoint of Llama 4: take it off with "
+                "llama4_eqx.balance.without_selection_bias(model) before saving."
+            )
         raise ValueError(f"The leaf {name} has no tensor: add it to the tables of tensor_names.py.")
     row, number, layers = (
         TEXT_LAYER[in_decoder[3]],

@@ -1,5 +1,7 @@
 """The vision encoder: pixels of a tile in, one feature per image token out."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.config import VisionConfig
 from llama4_eqx.layers.linear import linear, project, unproject
+from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.norm import LayerNorm
+from llama4_eqx.layers.remat import Keep, kept, remat
 from llama4_eqx.layers.rope import Rotation, rope_frequencies
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
 
@@ -99,7 +103,7 @@ class VisionAttention(eqx.Module):
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
         keys = None if key is None else jax.random.split(key, len(q))
         # One image at a time, whose scores fit in a CPU's cache.
-        out = lax.map(lambda image: _attend(*image, dropout=self.dropout), (q, k, v, keys))
+        out = kept(lax.map(lambda image: _attend(*image, dropout=self.dropout), (q, k, v, keys)))
         out = out.reshape(*x.shape[:-1], *out.shape[-2:])
         return unproject(out, self.o_proj, self.o_bias)
 
@@ -185,15 +189,20 @@ class VisionEncoder(eqx.Module):
         x: Float[Array, "*batch patches vision_hidden"],
         rotation: Rotation,
         *,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
         arrays, static = eqx.partition(self.layers, eqx.is_array)
         depth = len(self.layers.input_layernorm.weight)
         keys = None if key is None else jax.random.split(key, depth)
 
+        @partial(remat, keep=keep)
+        def run(layer, x, key):
+            return merged(layer)(x, rotation, key=key)
+
         def step(x, layer):
             arrays, key = layer
-            return eqx.combine(arrays, static)(x, rotation, key=key), None
+            return run(eqx.combine(arrays, static), x, key), None
 
         return lax.scan(step, x, (arrays, keys))[0]
 
@@ -247,9 +256,11 @@ class VisionModel(eqx.Module):
         self,
         pixel_values: Float[Array, "*batch channels height width"],
         *,
+        keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch image_tokens vision_out"]:
-        """The features of each tile's image tokens, row by row. `key` turns dropout on.
+        """The features of each tile's image tokens, row by row. `keep` is what the backward pass
+        keeps of each layer; `key` turns dropout on.
 
         Raises a `ValueError` for a tile whose patches are not as many as the learned positions.
         """
@@ -267,7 +278,7 @@ class VisionModel(eqx.Module):
         x = jnp.concatenate([x, class_token], axis=-2) + self.positional_embedding_vlm
         heads_dim = self.model.layers.self_attn.q_proj.shape[-2]
         rotation = rotation_2d(rows, columns, heads_dim, self.rope_theta)
-        x = self.model(self.layernorm_pre(x), rotation, key=encoder_key)
+        x = self.model(self.layernorm_pre(x), rotation, keep=keep, key=encoder_key)
         features = self.layernorm_post(x)[..., :-1, :]
         return self.vision_adapter(features, rows=rows, key=adapter_key)
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.mask import Places, visible
-from llama4_eqx.layers.remat import keep
+from llama4_eqx.layers.remat import kept
 
 # The fastest on CPUs, for causal and chunk-local layers alike: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
@@ -234,7 +234,7 @@ def _forward(settings, q, k, v, queries, keys, key):
 
     visits = _visits(queries, keys, settings.chunk_size)
     out, logsumexp = lax.map(attend, (jnp.arange(q.shape[0]), q, queries, *visits))
-    out, logsumexp = keep((out, logsumexp))
+    out, logsumexp = kept((out, logsumexp))
     return out, (settings, q, k, v, queries, keys, key, out, logsumexp)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from llama4_eqx.layers.remat import keep
+from llama4_eqx.layers.remat import kept
 
 Backend = Literal["dense", "ragged", "blocked"]
 
@@ -67,7 +67,7 @@ def _ragged(rows: Array, gate_up: Array, down: Array, sizes: Array) -> Array:
     gate_up = _side_by_side(gate_up)
     # What ragged_dot and its derivatives leave in the rows of nobody is up to the platform.
     owned = _owned(rows, sizes)
-    hidden = keep(lax.ragged_dot(jnp.where(owned, rows, 0), gate_up, sizes))
+    hidden = kept(lax.ragged_dot(jnp.where(owned, rows, 0), gate_up, sizes))
     out = lax.ragged_dot(_swiglu(jnp.where(owned, hidden, 0)), down, sizes)
     return jnp.where(owned, out, 0)
 
@@ -92,7 +92,7 @@ def _forward(rows, gate_up, down, sizes, keep_hidden=True):
         return out, hidden
 
     out, hidden = _visit_blocks(visit, (jnp.zeros_like(x), hidden), block, gate_up, down, sizes)
-    hidden = keep(hidden)
+    hidden = kept(hidden)
     out = jnp.where(_owned(rows, sizes), out[: rows.shape[0]], 0)
     return out.astype(rows.dtype), (x, hidden, gate_up, down, sizes)
 

@@ -3,6 +3,8 @@
 from jax import lax
 from jaxtyping import Array, Float
 
+from llama4_eqx.layers.remat import kept
+
 
 def linear(
     x: Float[Array, "*batch in_features"], weight: Float[Array, "out_features in_features"]
@@ -14,7 +16,7 @@ def linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    return kept(out).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def project(

@@ -44,11 +44,15 @@ class MoE(eqx.Module):
 
     The score scales the expert's *input*, which differs from scaling its output; scores are not
     renormalised; every token reaches all its experts, none is dropped.
+
+    A `selection_bias`, which Llama 4 doesn't have, is added to the scores for the choice alone; see
+    `llama4_eqx.balance`.
     """
 
     router: Float[Array, "experts hidden"]
     experts: Experts
     shared_expert: MLP
+    selection_bias: Float[Array, "experts"] | None
     top_k: int = eqx.field(static=True)
 
     def __init__(
@@ -66,6 +70,7 @@ class MoE(eqx.Module):
         self.router = normal(init_std)(router_key, (experts, hidden), dtype)
         self.experts = Experts(experts, hidden, ff, init_std=init_std, dtype=dtype, key=experts_key)
         self.shared_expert = MLP(hidden, ff, init_std=init_std, dtype=dtype, key=shared_key)
+        self.selection_bias = None
         self.top_k = top_k
 
     def __call__(
@@ -73,7 +78,7 @@ class MoE(eqx.Module):
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
         """The layer's output, and the router's logits."""
         logits = linear(x, self.router)
-        top_logits, chosen = jax.lax.top_k(logits, self.top_k)
+        top_logits, chosen = choose_experts(logits, self.top_k, self.selection_bias)
         scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
         scaled = x[..., None, :] * scores[..., None]  # "*batch top_k hidden"
 
@@ -84,3 +89,17 @@ class MoE(eqx.Module):
         sorted_out = self.experts(sorted_rows, group_sizes)
         routed = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
         return self.shared_expert(x) + routed.reshape(scaled.shape).sum(-2), logits
+
+
+def choose_experts(
+    logits: Float[Array, "*batch experts"],
+    top_k: int,
+    selection_bias: Float[Array, "#*batch experts"] | None,
+) -> tuple[Float[Array, "*batch top_k"], Int[Array, "*batch top_k"]]:
+    """The logits of each token's experts, and which they are."""
+    if selection_bias is None:
+        top_logits, chosen = jax.lax.top_k(logits, top_k)
+        return top_logits, chosen
+    biased = jax.nn.sigmoid(logits.astype(jnp.float32)) + selection_bias
+    _, chosen = jax.lax.top_k(biased, top_k)
+    return jnp.take_along_axis(logits, chosen, axis=-1), chosen

@@ -1,29 +1,41 @@
-"""What the forward pass keeps for the backward pass; the rest is computed again."""
+"""What the backward pass keeps of the forward pass; the rest is computed again."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import equinox as eqx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+# Of a layer, besides its inputs: matrix products, which is fastest; nothing, which is smallest; or
+# everything that its derivative reads.
+Keep = Literal["products", "nothing", "everything"]
+
 _T = TypeVar("_T")
 
 
-def keep(x: _T) -> _T:
-    """Marks what costs a loop of matrix products, to be kept as single products are."""
+def kept(x: _T) -> _T:
+    """Marks the result of a matrix product, or of a loop of them."""
     return checkpoint_name(x, "kept")
 
 
-def keep_products(function: Callable[..., _T]) -> Callable[..., _T]:
-    """`function`, whose derivative keeps its inputs, its matrix products and what it marks with
-    `keep`. Norms, rotations, activations and copies are cheaper computed again than written and
-    read: in a scan over layers this halves memory, and on CPUs, where fresh memory is slow, time
-    falls with it."""
+def remat(function: Callable[..., _T], keep: Keep) -> Callable[..., _T]:
+    """`function`, whose derivative keeps its inputs and what `keep` names.
+
+    Norms, rotations, activations and copies are cheaper computed again than written and read: in a
+    scan over layers, keeping only products halves memory, and on CPUs, where fresh memory is slow,
+    time falls with it.
+    """
     policies = jax.checkpoint_policies
-    policy = policies.save_from_both_policies(
-        policies.dots_saveable, policies.save_only_these_names("kept")
-    )
+    if keep == "everything":
+        return function
+    if keep == "products":
+        # Not `dots_saveable`, which would keep low-rank updates as large as the weights, too.
+        policy = policies.save_only_these_names("kept")
+    elif keep == "nothing":
+        policy = policies.nothing_saveable
+    else:
+        raise ValueError(f"keep must be one of {get_args(Keep)}, got {keep!r}")
     # Without barriers: across a scan the compiler can't merge both computations, and where layers
     # are unrolled it may if it likes.
     return eqx.filter_checkpoint(function, policy=policy, prevent_cse=False)

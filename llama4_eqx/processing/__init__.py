@@ -12,6 +12,7 @@ from llama4_eqx.processing.images import TiledImage as TiledImage
 from llama4_eqx.processing.images import draw_tiles as draw_tiles
 from llama4_eqx.processing.images import load_image as load_image
 from llama4_eqx.processing.inputs import Inputs as Inputs
+from llama4_eqx.processing.inputs import assistant_mask as assistant_mask
 from llama4_eqx.processing.inputs import process as process
 from llama4_eqx.processing.tokenizer import Tokenizer as Tokenizer
 from llama4_eqx.processing.tokenizer import TokenStream as TokenStream

@@ -4,11 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from llama4_eqx.processing.chat import Message, encode_chat
 from llama4_eqx.processing.images import ImageProcessor, ImageSource, TiledImage
-from llama4_eqx.processing.tokenizer import IMAGE, Tokenizer
+from llama4_eqx.processing.tokenizer import (
+    EOM,
+    EOT,
+    HEADER_END,
+    HEADER_START,
+    IMAGE,
+    Tokenizer,
+)
 
 
 class Inputs(NamedTuple):
@@ -57,6 +64,25 @@ def process(
         expanded += map(tokenizer.token_id, next(layouts)) if token == placeholder else [token]
     pixel_values = np.concatenate([image.pixel_values for image in tiled])
     return Inputs(np.array(expanded, np.int32), pixel_values)
+
+
+def assistant_mask(tokenizer: Tokenizer, tokens: Iterable[int]) -> Bool[np.ndarray, "seq"]:
+    """Which tokens of a chat the assistant says: each of its turns with the token that ends it, but
+    not the header. It is what a chat is trained on, as `target_mask`."""
+    names = (HEADER_START, HEADER_END, EOT, EOM)
+    header_start, header_end, *ends = map(tokenizer.token_id, names)
+    speaker, blank = tokenizer.encode("assistant"), tokenizer.encode("\n\n")
+    tokens = list(tokens)
+    said = np.zeros(len(tokens), bool)
+    header = [header_start, *speaker, header_end, *blank]
+    start = None
+    for i, token in enumerate(tokens):
+        if start is None and tokens[i : i + len(header)] == header:
+            start = i + len(header)
+        elif start is not None and i >= start and token in ends:
+            said[start : i + 1] = True
+            start = None
+    return said
 
 
 def _tiles(image_processor: ImageProcessor, place: int, source: ImageSource) -> TiledImage:

@@ -1,0 +1,46 @@
+"""A weight with a low-rank update, in the place of the weight itself."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float
+
+_T = TypeVar("_T")
+
+
+class LowRank(eqx.Module):
+    """`weight + scale · left · right`, as a leaf's stand-in.
+
+    The weight is seen as a matrix, or as one for each expert: several of its axes count as one row
+    or one column. A stack of layers may lie in front of all three.
+    """
+
+    weight: Float[Array, "..."]
+    left: Float[Array, "... rows rank"]
+    right: Float[Array, "... rank columns"]
+    scale: float = eqx.field(static=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's."""
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The weight's."""
+        return self.weight.dtype
+
+    def merged(self) -> Float[Array, "..."]:
+        """The sum, in the weight's shape and dtype."""
+        update = self.scale * (self.left @ self.right).reshape(self.weight.shape)
+        return self.weight + update.astype(self.weight.dtype)
+
+
+def merged(module: _T) -> _T:
+    """The module with a plain weight for each `LowRank`."""
+    return jax.tree.map(
+        lambda leaf: leaf.merged() if isinstance(leaf, LowRank) else leaf,
+        module,
+        is_leaf=lambda leaf: isinstance(leaf, LowRank),
+    )

@@ -1,0 +1,153 @@
+"""Packed rows: nothing lost, nothing mixed, and the same again after a stop."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llama4_eqx as l4
+from llama4_eqx.data import Document, packed_batches
+from llama4_eqx.losses import next_token_loss
+from llama4_eqx.processing import assistant_mask, byte_tokenizer, encode_chat
+from tests.toys import SCOUT, relative_error
+
+SEQ = 24
+
+
+def documents(count=40, longest=60, seed=0):
+    """Of tokens that are all different, so that each is known again."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest, count)
+    ends = np.cumsum(lengths)
+    return [
+        Document(
+            tokens=np.arange(end - length, end, dtype=np.int32),
+            target_mask=random.random(length) < 0.5,
+        )
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def pieces(batches):
+    """Each document or piece of one, as tokens and target mask, out of the rows."""
+    for batch in batches:
+        features = (batch[name] for name in ("tokens", "target_mask", "segment_ids"))
+        for tokens, mask, ids in zip(*features, strict=True):
+            real = ids >= 0
+            assert not mask[~real].any()
+            assert (np.diff(ids[real]) >= 0).all()
+            assert real[: real.sum()].all()  # padding is on the right
+            for segment in range(ids.max() + 1):
+                yield tokens[ids == segment], mask[ids == segment]
+
+
+def test_an_epoch_holds_every_token_once_and_its_mask():
+    source = documents()
+    wanted = {
+        int(token): bool(counts)
+        for document in source
+        for token, counts in zip(document["tokens"], document["target_mask"], strict=True)
+    }
+    seen, longest = {}, 0
+    for tokens, mask in pieces(packed_batches(source, rows=1, seq=SEQ, seed=0, epochs=1)):
+        assert (np.diff(tokens) == 1).all()
+        document = next(d for d in source if tokens[0] in d["tokens"])
+        assert tokens[-1] in document["tokens"]
+        assert (tokens[0] - document["tokens"][0]) % SEQ == 0  # cut only where it must be
+        longest = max(longest, len(tokens))
+        for token, counts in zip(tokens, mask, strict=True):
+            assert int(token) not in seen
+            seen[int(token)] = bool(counts)
+    assert seen == wanted
+    assert longest == SEQ
+
+
+def test_epochs_and_seeds_differ():
+    def order(seed, epochs):
+        batches = packed_batches(documents(), rows=1, seq=SEQ, seed=seed, epochs=epochs)
+        return [int(tokens[0]) for tokens, _ in pieces(batches)]
+
+    once, twice = order(0, 1), order(0, 2)
+    assert once != order(1, 1)
+    assert sorted(twice) == sorted(2 * once)
+    assert twice[: len(once)] != twice[len(once) :]
+    assert once == order(0, 1)
+
+
+def test_processes_share_the_documents():
+    source, shares = documents(), []
+    for process in range(3):
+        batches = packed_batches(
+            source, rows=1, seq=SEQ, seed=0, epochs=1, process=process, processes=3
+        )
+        shares.append({int(token) for tokens, _ in pieces(batches) for token in tokens})
+    assert sum(map(len, shares)) == len(set.union(*shares)) == sum(len(d["tokens"]) for d in source)
+    assert min(map(len, shares)) > 200
+    with pytest.raises(ValueError, match="40 documents can't be shared out among 41 processes"):
+        packed_batches(source, rows=1, seq=SEQ, seed=0, process=0, processes=41)
+
+
+def test_it_goes_on_where_it_was():
+    batches = packed_batches(documents(), rows=2, seq=SEQ, seed=0)
+    straight = list(itertools.islice(batches, 30))
+    for stop in (0, 1, 7, 19):
+        reading = iter(batches)
+        for _ in range(stop):
+            next(reading)
+        state = reading.get_state()
+        again = iter(packed_batches(documents(), rows=2, seq=SEQ, seed=0))
+        again.set_state(state)
+        for truth in straight[stop:]:
+            jax.tree.map(np.testing.assert_array_equal, next(again), truth)
+
+
+def test_little_is_padding():
+    batch = next(iter(packed_batches(documents(400, 20), rows=16, seq=64, seed=0)))
+    assert (batch["segment_ids"] < 0).mean() < 0.06
+
+
+def test_packed_loss_is_that_of_the_documents_apart():
+    source = [
+        Document(tokens=d["tokens"] % 250, target_mask=d["target_mask"]) for d in documents(12, 20)
+    ]
+    model = l4.Llama4(l4.Llama4Config(SCOUT), key=jax.random.key(0))
+    batches = packed_batches(source, rows=2, seq=SEQ, seed=0, epochs=1)
+    losses = [next_token_loss(model, **jax.tree.map(jnp.asarray, batch)).token for batch in batches]
+    packed = sum(float(loss.total) * int(loss.tokens) for loss in losses)
+    alone = [
+        next_token_loss(model, jnp.asarray(tokens), target_mask=jnp.asarray(mask)).token
+        for tokens, mask in pieces(batches)
+    ]
+    truth = sum(float(loss.total) * int(loss.tokens) for loss in alone)
+    assert relative_error(packed, truth) < 1e-5
+    assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 20
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief. <|eot|>"},
+    {"role": "user", "content": "Who are you, assistant?\n\n"},
+    {"role": "assistant", "content": "A model. <|header_start|>assistant<|header_end|>\n\nNo."},
+    {"role": "user", "content": "Good."},
+    {"role": "assistant", "content": ""},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "\n\nTwelve."},
+]
+
+
+@pytest.mark.parametrize("turns", range(1, len(CHAT) + 1))
+def test_what_counts_in_a_chat_is_what_the_assistant_adds(turns):
+    """To the prompt before each of its turns."""
+    tokenizer = byte_tokenizer()
+    whole = encode_chat(tokenizer, CHAT[:turns], add_generation_prompt=False)
+    truth = np.zeros(len(whole), bool)
+    for place in range(turns):
+        if CHAT[place]["role"] == "assistant":
+            start = len(encode_chat(tokenizer, CHAT[:place]))
+            end = len(encode_chat(tokenizer, CHAT[: place + 1], add_generation_prompt=False))
+            truth[start:end] = True
+    np.testing.assert_array_equal(assistant_mask(tokenizer, whole), truth)
+    prompt = encode_chat(tokenizer, CHAT[:turns])
+    np.testing.assert_array_equal(assistant_mask(tokenizer, prompt)[: len(whole)], truth)
+    assert not assistant_mask(tokenizer, prompt)[len(whole) :].any()
