@@ -18,8 +18,8 @@ from llama4_eqx.processing import encode_chat, load_tokenizer
 WITHOUT_FOLDER = """\
 This example needs a checkpoint folder. You can make a small one in about two minutes:
 
-    python examples/quickstart.py
-    python examples/generate.py runs/quickstart "The for statement"
+    python examples/pretrain_text.py
+    python examples/generate.py runs/pretrain_text/model "The for statement"
 
 Or use a released one: accept the licence on its Hugging Face page, then
 

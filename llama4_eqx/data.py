@@ -29,7 +29,7 @@ class Packed(TypedDict):
 
 
 def packed_batches(
-    documents: RandomAccessDataSource[Document],
+    documents: Sequence[Document] | RandomAccessDataSource[Document],
     *,
     rows: int,
     seq: int,

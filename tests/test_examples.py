@@ -30,15 +30,14 @@ def run(script: str, *arguments: str, cwd: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the quickstart leaves after a few steps."""
-    folder = tmp_path_factory.mktemp("quickstart") / "model"
-    example = runpy.run_path(str(EXAMPLES / "quickstart.py"))
-    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix floats with the count
-        example["main"](steps=12, folder=folder)
-    return folder
+    """What `pretrain_text.py` leaves after a few steps."""
+    folder = tmp_path_factory.mktemp("text")
+    example = runpy.run_path(str(EXAMPLES / "pretrain_text.py"))
+    example["main"](steps=12, folder=folder)
+    return folder / "model"
 
 
-def test_transformers_opens_what_the_quickstart_saves(folder):
+def test_transformers_opens_what_was_trained_on_text(folder):
     """And continues a prompt with the same tokens, over two of the chunks of 64."""
     prompt = np.array([load_tokenizer(folder).encode("The following statement ")])
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -53,7 +52,7 @@ def test_transformers_opens_what_the_quickstart_saves(folder):
 
 
 def test_generate(folder):
-    assert "python examples/quickstart.py" in run("generate.py")
+    assert "python examples/pretrain_text.py" in run("generate.py")
     prompt = ("generate.py", str(folder), "The ", "--max-new-tokens", "9")
     said = run(*prompt, "--temperature", "0")
     assert said.startswith("The ")

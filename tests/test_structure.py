@@ -28,15 +28,15 @@ FLOORS = (
     ("vision",),
     ("model", "processing"),
     ("tensor_names", "sampling"),
-    ("checkpoint", "generate", "linen", "losses"),
-    ("meta",),
+    ("checkpoint", "generate", "linen", "losses", "balance", "train", "data"),
+    ("meta", "lora", "resume"),
     ("__init__",),
 )
 AXES = set(
     "batch seq vocab hidden heads kv_heads head_dim ff q_seq kv_seq slots tokens experts top_k "
     "layers pairs size in_features out_features new group q_block kv_block q_blocks kv_blocks 2 "
     "tiles channels height width patch patches vision_hidden vision_ff vision_mid vision_out "
-    "image_tokens shuffled ...".split()
+    "image_tokens shuffled rows rank columns ...".split()
 )
 
 
@@ -63,7 +63,7 @@ def test_axis_words_are_the_vocabulary():
     pattern = re.compile(r'(?:Float|Int|Bool|Shaped)\[[^"\]]*,\s*"([^"]*)"\]')
     for path, _ in modules():
         for axes in pattern.findall(path.read_text()):
-            unknown = {axis.lstrip("*") for axis in axes.split()} - AXES
+            unknown = {axis.lstrip("#*") for axis in axes.split()} - AXES
             assert not unknown, f"{path}: {unknown} in {axes!r}"
 
 
