@@ -1,0 +1,325 @@
+"""Trains a small multimodal Llama 4 from nothing to read rows of handwritten digits.
+
+    python examples/train_digits.py
+
+The digits are scikit-learn's: 1,797 pictures of 8 x 8 pixels. The file follows its writers, so its
+last fifth, held out for the test, is of hands that the model has never seen. One to four digits in
+a row make a picture, which `process` cuts into a tile for each digit and one for the whole; a
+question shows one picture or two, and the answer is what stands in them. It takes about five
+minutes on two cores. No weights, no network. It leaves in runs/digits: samples.png, loss.png,
+experts.png (which expert reads what), and the model as a Hugging Face folder.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from optax.contrib import MuonDimensionNumbers, muon
+from PIL import Image
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import llama4_eqx as l4
+from llama4_eqx.losses import next_token_loss, router_report
+from llama4_eqx.processing import ImageProcessor, byte_tokenizer, load_tokenizer, process
+from llama4_eqx.processing.tokenizer import IMAGE_END, IMAGE_START, PATCH, Tokenizer
+from llama4_eqx.train import init_train_state, make_train_step
+
+FOLDER = Path("runs/digits")
+STEPS, LEARNING_RATE = 1000, 4e-3
+HELD_OUT = 360
+WARP = 1.5  # how far the corners of a digit may move in training, in its pixels
+TILES = ImageProcessor(tile_size=16, patch_size=4)
+# How many digits stand in each picture of a row. All batches have these rows, and so one shape.
+TWO = [(2, 2), (1, 3), (2, 2), (3, 1)]
+ROWS = [(4,)] * 16 + [(3,)] * 4 + [(2,), (1,)] * 2 + TWO * 2
+TEST_ROWS = [row for two in TWO * 16 for row in [(1,), (2,), (3,), (4,), two]]
+TEST_BATCHES = 8
+# The two groups of axes that make a weight a matrix, counted from its last; Muon orthogonalises
+# over them. Other axes are many matrices side by side; weights of other names are left to Adam.
+LAST_TWO = ((-2,), (-1,))
+MATRICES = {
+    "linear": ((-4,), (-3, -2, -1)),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ((-3, -2), (-1,))),
+    "o_proj": ((-3,), (-2, -1)),
+    "gate_up_proj": ((-3,), (-1,)),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "linear_1"), LAST_TWO),
+}
+
+
+class Digits(NamedTuple):
+    """Pictures of 8 x 8 pixels, from black to white, and what they are of."""
+
+    images: np.ndarray
+    values: np.ndarray
+
+
+class Example(NamedTuple):
+    """A conversation as tokens and tiles; the tokens end with the answer's bytes and `<|eot|>`."""
+
+    tokens: np.ndarray
+    tiles: np.ndarray
+    pictures: list[np.ndarray]
+    answer: str
+
+
+def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
+    tokenizer = byte_tokenizer()
+    seen, held_out = digits()
+    print(f"{len(seen.values):,} digits to learn from, {HELD_OUT} held out.")
+    model = l4.Llama4(config(tokenizer), key=jax.random.key(0))
+    print(f"A model of {sum(leaf.size for leaf in jax.tree.leaves(model)):,} parameters.")
+    model, losses = train(model, tokenizer, seen, steps)
+
+    random = np.random.default_rng(1)
+    tests, answers = [], []
+    for _ in tqdm(range(TEST_BATCHES), desc="Reading", unit="batch"):
+        batch = [example(tokenizer, held_out, counts, random) for counts in TEST_ROWS]
+        tests += batch
+        answers += read(model.unstacked(), tokenizer, batch)
+    report(tests, answers)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_samples(tests[:40], answers[:40]).savefig(folder / "samples.png")
+    figure = Figure((7, 4), layout="constrained")
+    figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "loss"}).semilogy(losses)
+    figure.savefig(folder / "loss.png")
+    draw_experts(model, collate(tokenizer, tests[-64:])).savefig(folder / "experts.png")
+    l4.save_checkpoint(model, folder / "model", overwrite=True)
+    tokenizer.save(folder / "model")
+    print(f"Pictures and the model are in {folder}. Loaded back, it reads:")
+    model, tokenizer = l4.load_checkpoint(folder / "model"), load_tokenizer(folder / "model")
+    for one, answer in zip(tests[-6:], read(model, tokenizer, tests[-6:]), strict=True):
+        print(f"    {answer!r} where {one.answer!r} stands")
+
+
+def digits() -> tuple[Digits, Digits]:
+    """Those to learn from, and those that are held out."""
+    pixels, values = load_digits(return_X_y=True)
+    images = np.rint(np.reshape(pixels, (-1, 8, 8)) * 255 / 16).astype(np.uint8)
+    return (
+        Digits(images[:-HELD_OUT], values[:-HELD_OUT]),
+        Digits(images[-HELD_OUT:], values[-HELD_OUT:]),
+    )
+
+
+def config(tokenizer: Tokenizer) -> l4.Llama4Config:
+    """Scout's pattern, small: three chunk-local layers, then a global one without positions; a
+    mixture of experts in each."""
+    text = l4.TextConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        num_local_experts=4,
+        attention_chunk_size=64,
+        floor_scale=256,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.stop_ids,
+        pad_token_id=tokenizer.pad_id,
+    )
+    vision = l4.VisionConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        vision_output_dim=96,
+        projector_input_dim=96,
+        projector_output_dim=96,
+        image_size=TILES.tile_size,
+        patch_size=TILES.patch_size,
+        pixel_shuffle_ratio=TILES.pixel_shuffle_ratio,
+        rope_theta=100.0,
+        initializer_range=0.05,
+    )
+    boi, eoi, image = (tokenizer.token_id(name) for name in (IMAGE_START, IMAGE_END, PATCH))
+    return l4.Llama4Config(text, vision, boi, eoi, image)
+
+
+def example(
+    tokenizer: Tokenizer,
+    source: Digits,
+    counts: tuple[int, ...],
+    random: np.random.Generator,
+    *,
+    vary: bool = False,
+) -> Example:
+    """Pictures of so many digits each, drawn by lot, with a question and its answer."""
+    chosen = [random.integers(0, len(source.values), count) for count in counts]
+    pictures = [picture(source.images[some], random if vary else None) for some in chosen]
+    answer = " ".join("".join(map(str, source.values[some])) for some in chosen)
+    return ask(tokenizer, pictures, "Read it.", answer)
+
+
+def ask(tokenizer: Tokenizer, pictures: list[np.ndarray], question: str, answer: str) -> Example:
+    """A user's turn of pictures and a question, and the assistant's answer."""
+    content = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    inputs = process(tokenizer, chat, pictures, image_processor=TILES, add_generation_prompt=False)
+    return Example(inputs.tokens, np.asarray(inputs.pixel_values), pictures, answer)
+
+
+def picture(images: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
+    """Images of digits in a row, twice as large; with a `random`, each is turned, moved, warped and
+    inked a little differently."""
+    side = TILES.tile_size
+    row = np.zeros((side, side * (len(images) + 1)), np.uint8)
+    for i, image in enumerate(np.pad(images, ((0, 0), (4, 4), (4, 4)))):
+        # Where in the image, of which the digit is the middle half, the corners of a place in the
+        # row come from: upper left, lower left, lower right, upper right.
+        corners, ink, fade = np.array([[-8, -4], [-8, 4], [8, 4], [8, -4]]), 1.0, 1.0
+        if random is not None:
+            turn, (ink, fade) = random.uniform(-0.3, 0.3), np.exp(random.uniform(-0.3, 0.3, 2))
+            cos, sin = np.cos(turn), np.sin(turn)
+            corners = corners @ [[cos, sin], [-sin, cos]] * np.exp(random.uniform(-0.2, 0.2))
+            corners = corners + random.uniform(-WARP, WARP, (4, 2)) + random.uniform(-0.7, 0.7, 2)
+        drawn = Image.fromarray(image).transform(
+            (2 * side, side),
+            Image.Transform.QUAD,
+            tuple((corners + 8).flat),
+            Image.Resampling.BICUBIC,
+        )
+        inked = np.clip(ink * 255 * (np.asarray(drawn) / 255) ** fade, 0, 255).astype(np.uint8)
+        place = row[:, i * side : (i + 2) * side]
+        np.maximum(place, inked, out=place)
+    return row[:, side // 2 : -side // 2]
+
+
+def collate(tokenizer: Tokenizer, examples: list[Example]) -> dict[str, Any]:
+    """The arguments of `next_token_loss`, padded on the right; only answers are to be learnt."""
+    ends = np.array([[len(one.tokens)] for one in examples])
+    starts = ends - [[len(one.answer) + 1] for one in examples]
+    place = np.arange(ends.max())
+    tokens = np.full((len(examples), len(place)), tokenizer.pad_id, np.int32)
+    tokens[place < ends] = np.concatenate([one.tokens for one in examples])
+    return {
+        "tokens": jnp.asarray(tokens),
+        "mask": jnp.asarray(place < ends),
+        "target_mask": jnp.asarray((starts <= place) & (place < ends)),
+        "pixel_values": jnp.asarray(np.concatenate([one.tiles for one in examples])),
+    }
+
+
+def matrices(parameters: Any) -> Any:
+    """For each parameter the two groups of axes that make it a matrix, or None."""
+
+    def groups(path, leaf):
+        if path[-1].name not in MATRICES:
+            return None
+        pair = MATRICES[path[-1].name]
+        return MuonDimensionNumbers(*(tuple(leaf.ndim + axis for axis in group) for group in pair))
+
+    return jax.tree_util.tree_map_with_path(groups, parameters)
+
+
+def loss_function(model: l4.Llama4, batch: dict[str, Any], key: jax.Array) -> tuple[Any, Any, Any]:
+    """The loss, with a little of the experts' imbalance; the tokens that it is a mean over; and the
+    cross-entropy alone."""
+    loss = next_token_loss(model, **batch, key=key)
+    balance = router_report(loss.router_logits, top_k=1, mask=loss.real).balance_loss.mean()
+    return loss.token.total + 0.01 * balance, loss.token.tokens, loss.token.cross_entropy
+
+
+def train(
+    model: l4.Llama4, tokenizer: Tokenizer, seen: Digits, steps: int
+) -> tuple[l4.Llama4, np.ndarray]:
+    """The model after so many steps, and the answers' cross-entropy at each."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, LEARNING_RATE, steps // 20, steps, LEARNING_RATE / 100
+    )
+    optimizer = muon(
+        schedule,
+        weight_decay=0.05,
+        adam_b2=0.98,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
+    )
+    step = make_train_step(optimizer, loss_function, clip_norm=1.0)
+    state = init_train_state(model, optimizer, key=jax.random.key(1))
+    random, losses = np.random.default_rng(0), []
+    bar = tqdm(range(steps), desc="Training", unit="step")
+    for i in bar:
+        examples = [example(tokenizer, seen, counts, random, vary=True) for counts in ROWS]
+        state, report = step(state, collate(tokenizer, examples))
+        losses.append(report.other)
+        if i % 10 == 0:
+            bar.set_postfix_str(f"{float(report.other):.3f} nats per token of the answers")
+    return state.model, np.array(losses)
+
+
+def read(model: l4.Llama4, tokenizer: Tokenizer, examples: list[Example]) -> list[str]:
+    """What the model, asked about the examples' pictures, answers. It gets no answers to see."""
+    batch = collate(tokenizer, examples)
+    new = l4.generate(
+        model,
+        jnp.where(batch["target_mask"], tokenizer.pad_id, batch["tokens"]),
+        mask=batch["mask"] & ~batch["target_mask"],
+        pixel_values=batch["pixel_values"],
+        max_new_tokens=max(len(one.answer) for one in examples) + 1,
+        stop_ids=tokenizer.stop_ids,
+    )
+    return [tokenizer.decode(row) for row in np.asarray(new)]
+
+
+def report(examples: list[Example], answers: list[str]) -> None:
+    """Prints how many digits, and how many whole answers, are right for each kind of question."""
+    whole, digits = defaultdict(list), defaultdict(list)
+    for one, answer in zip(examples, answers, strict=True):
+        kind = "two pictures" if len(one.pictures) > 1 else f"{len(one.answer)} in a picture"
+        whole[kind].append(answer == one.answer)
+        pairs = zip(one.answer, answer.ljust(len(one.answer)), strict=False)
+        digits[kind] += [truth == said for truth, said in pairs if truth != " "]
+    for kind, right in whole.items():
+        print(
+            f"{kind:>14}: {np.mean(digits[kind]):.2%} of {len(digits[kind]):,} digits are right, "
+            f"{np.mean(right):.2%} of {len(right)} whole answers."
+        )
+
+
+def draw_samples(examples: list[Example], answers: list[str]) -> Figure:
+    """Pictures with what the model read; in red where that is wrong."""
+    figure = Figure((10, 7), layout="constrained")
+    gap = np.full((TILES.tile_size, 4), 255, np.uint8)
+    axes = figure.subplots(len(examples) // 5, 5).flat
+    for axis, one, answer in zip(axes, examples, answers, strict=True):
+        side_by_side = [part for picture in one.pictures for part in (gap, picture)][1:]
+        axis.imshow(np.concatenate(side_by_side, axis=1), cmap="gray")
+        right = answer == one.answer
+        label = answer if right else f"{answer}, not {one.answer}"
+        axis.set_title(label, color="black" if right else "red", fontsize=10)
+        axis.axis("off")
+    return figure
+
+
+def draw_experts(model: l4.Llama4, batch: dict[str, Any]) -> Figure:
+    """How each layer's experts share the tokens of pictures, and those of text."""
+    logits = eqx.filter_jit(next_token_loss)(model, **batch).router_logits
+    is_patch = batch["tokens"] == model.config.image_token_index
+    kinds = {"tokens of pictures": is_patch, "tokens of text": batch["mask"] & ~is_patch}
+    figure = Figure((9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (kind, mask) in zip(axes, kinds.items(), strict=True):
+        load = np.asarray(router_report(logits, top_k=1, mask=mask).load)
+        layers, below = np.arange(1, len(load) + 1), np.zeros(len(load))
+        for expert, share in enumerate(load.T, start=1):
+            axis.bar(layers, share, bottom=below, label=f"expert {expert}")
+            below += share
+        axis.set(title=kind, xlabel="layer", xticks=layers, ylabel="share")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+if __name__ == "__main__":
+    main()
