@@ -1,22 +1,25 @@
 """The example scripts, run as a user runs them (the long one for a few steps only)."""
 
+import re
 import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import sklearn.datasets
 import torch
 import transformers
 
 import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
-from tests.toys import MULTIMODAL
+from tests.toys import MULTIMODAL, their_embeddings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -90,3 +93,78 @@ def test_shapes():
     assert "Maverick: 400.7 billion parameters" in said.replace(" of text", "")
     assert "mask" in said.splitlines()[-3]
     assert "bool[2,9]" in said
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    """What `train_digits.py` leaves after a few steps, and what it said."""
+    folder = tmp_path_factory.mktemp("digits")
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import train_digits\n"
+        "train_digits.TEST_ROWS, train_digits.TEST_BATCHES = train_digits.TEST_ROWS[:40], 2\n"
+        "train_digits.main(steps=30)"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_digits_are_split_by_their_writers(digits_folder):
+    folder, said = digits_folder
+    assert said.startswith("1,437 digits to learn from, 360 held out.")
+    assert len(re.findall(r"(?m)% of 16 whole answers\.$", said)) == 5
+    for name in ("samples.png", "loss.png", "experts.png"):
+        with PIL.Image.open(folder / "runs/digits" / name) as picture:
+            assert min(picture.size) > 300
+    example = runpy.run_path(str(EXAMPLES / "train_digits.py"))
+    seen, held_out = example["digits"]()
+    everything = np.concatenate([seen.images, held_out.images])
+    truth = np.rint(sklearn.datasets.load_digits().images * 255 / 16)
+    np.testing.assert_array_equal(everything, truth)
+
+
+def test_transformers_reads_digits_the_same(digits_folder):
+    """Its parts, put together with the weights that were saved, give the same greedy answer."""
+    folder = digits_folder[0] / "runs/digits/model"
+    reference = transformers.Llama4ForConditionalGeneration.from_pretrained(folder)
+    example = runpy.run_path(str(EXAMPLES / "train_digits.py"))
+    random, tokenizer = np.random.default_rng(5), load_tokenizer(folder)
+    model = l4.load_checkpoint(folder)
+    for counts in ((4,), (2, 1)):
+        one = example["example"](tokenizer, example["digits"]()[1], counts, random)
+        tokens = jnp.asarray(one.tokens[: -len(one.answer) - 1])
+        pixels = jnp.asarray(one.tiles)
+        embeddings = their_embeddings(reference, tokens, pixels)
+        theirs = reference.language_model.generate(
+            inputs_embeds=embeddings, max_new_tokens=6, do_sample=False
+        )[0]
+        ours = l4.generate(
+            model,
+            tokens,
+            pixel_values=pixels,
+            max_new_tokens=len(theirs),
+            stop_ids=tokenizer.stop_ids,
+        )
+        assert len(theirs) > 2
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_finetuning_the_digits_model(digits_folder, tmp_path):
+    assert "run examples/train_digits.py first" in run("finetune_lora.py", cwd=tmp_path)
+    folder, _ = digits_folder
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        "import finetune_lora\n"
+        "finetune_lora.TESTS = 8\n"
+        "finetune_lora.main(steps=12)"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(" stands\n") == 5
+    old = l4.load_checkpoint(folder / "runs/digits/model")
+    new = l4.load_checkpoint(folder / "runs/finetune_lora/model")
+    np.testing.assert_array_equal(new.embed_tokens, old.embed_tokens)
+    assert not eqx.tree_equal(new.decoder, old.decoder)

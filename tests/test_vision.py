@@ -16,9 +16,11 @@ from tests.toys import (
     MULTIMODAL,
     TOKENS_PER_TILE,
     VISION,
+    as_torch,
     random_tokens,
     reference_model,
     relative_error,
+    their_embeddings,
 )
 
 TOLERANCE = 2e-5
@@ -40,23 +42,6 @@ def random_pixels(tiles: int, seed: int = 0, size: int = 28) -> jax.Array:
 
 def random_features(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-
-
-def as_torch(array, dtype=None):
-    return torch.tensor(np.asarray(array), dtype=dtype)
-
-
-def their_embeddings(reference, tokens, pixels):
-    """What `transformers` feeds to its decoder. Put together from its parts, since the forward call
-    of its 5.24 looks for a field of the output that isn't there."""
-    tokens = as_torch(tokens, torch.long)[None]
-    embedded = reference.get_input_embeddings()(tokens)
-    if len(pixels):
-        features = reference.get_image_features(as_torch(pixels)).last_hidden_state
-        projected = reference.multi_modal_projector(features).flatten(0, 1)
-        where = reference.get_placeholder_mask(tokens, embedded, projected)
-        embedded = embedded.masked_scatter(where, projected)
-    return embedded
 
 
 def prompts(tiles_of_rows: list[list[int]], length: int = 40):

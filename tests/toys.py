@@ -94,3 +94,20 @@ def relative_error(value, truth) -> float:
     value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
     assert value.shape == truth.shape
     return float(np.abs(value - truth).max() / np.abs(truth).max())
+
+
+def as_torch(array, dtype=None):
+    return torch.tensor(np.asarray(array), dtype=dtype)
+
+
+def their_embeddings(reference, tokens, pixels):
+    """What `transformers` feeds to its decoder. Put together from its parts, since the forward call
+    of its 5.24 looks for a field of the output that isn't there."""
+    tokens = as_torch(tokens, torch.long)[None]
+    embedded = reference.get_input_embeddings()(tokens)
+    if len(pixels):
+        features = reference.get_image_features(as_torch(pixels)).last_hidden_state
+        projected = reference.multi_modal_projector(features).flatten(0, 1)
+        where = reference.get_placeholder_mask(tokens, embedded, projected)
+        embedded = embedded.masked_scatter(where, projected)
+    return embedded
