@@ -6,26 +6,33 @@ import equinox as eqx
 import jax
 
 
-def axis_words(module: eqx.Module) -> dict[str, tuple[str, ...]]:
+def axis_words(tree: Any) -> dict[str, tuple[str, ...]]:
     """The axes of every array leaf, by its path: `{"decoder.norm.weight": ("hidden",), …}`.
 
-    A leaf stacked by `eqx.filter_vmap` has `layers` in front. The module may hold arrays or their
-    shapes.
+    A leaf stacked by `eqx.filter_vmap` has `layers` in front. The tree may be a module, or hold
+    some in tuples and dicts, as the state of an optimiser does; it may have arrays or their shapes.
+
+    Raises a `ValueError` for an array with axes outside of any module.
     """
     found = {}
 
     def walk(value: Any, hint: Any, path: str) -> None:
+        inside = f"{path}." if path else ""
         if isinstance(value, eqx.Module):
             for name, inner_hint in type(value).__annotations__.items():
-                inner = getattr(value, name)
-                walk(inner, inner_hint, f"{path}.{name}" if path else name)
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                walk(item, None, f"{path}.{i}")
+                walk(getattr(value, name), inner_hint, inside + name)
+        elif isinstance(value, tuple | list):
+            for name, item in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+                walk(item, None, f"{inside}{name}")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                walk(item, None, f"{inside}{name}")
         elif isinstance(value, jax.Array | jax.ShapeDtypeStruct):
-            options = (hint, *getattr(hint, "__args__", ()))
-            words = next(tuple(h.dim_str.split()) for h in options if hasattr(h, "dim_str"))
+            options = [h for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "dim_str")]
+            if value.shape and not options:
+                raise ValueError(f"{path} has no annotation that names its axes.")
+            words = tuple(options[0].dim_str.split()) if value.shape else ()
             found[path] = ("layers",) * (len(value.shape) - len(words)) + words
 
-    walk(module, None, "")
+    walk(tree, None, "")
     return found

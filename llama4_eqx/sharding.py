@@ -1,0 +1,112 @@
+"""Which axis of a parameter lies along which axis of a mesh of devices.
+
+A rule goes from an axis word, as the annotations have it, to the mesh axes that cut it. A table of
+rules is a dict, so two presets together are `FSDP | EXPERT`, and a table of one's own is as good.
+
+    mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
+    model = shard(model, mesh, FSDP | EXPERT)
+
+The compiler does the rest: a jitted function of sharded arrays computes where they lie.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from llama4_eqx.axes import axis_words
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+T = TypeVar("T")
+
+# Each device has all parameters and some rows of the batch.
+DATA: Rules = {"batch": "data"}
+# Each device has some rows of the batch and a part of every matrix, which is gathered for use.
+FSDP: Rules = {"batch": "fsdp", "hidden": "fsdp", "vision_hidden": "fsdp"}
+# Each device has some heads and some of the inner features of feed-forward networks.
+TENSOR: Rules = {
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ff": "tensor",
+    "vision_ff": "tensor",
+    "vocab": "tensor",
+}
+# Each device has some experts.
+EXPERT: Rules = {"experts": "expert"}
+
+
+def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+    """For each array of the tree where it lies; None for all else.
+
+    The tree is a model, a `TrainState` or the state of an optimiser, of arrays or of shapes. An
+    axis without a rule isn't cut.
+
+    Raises a `ValueError` for a mesh axis that isn't there, for an axis that the devices don't
+    divide, and for two axes of one array that would lie along one mesh axis; it names them all.
+    """
+    words, problems = axis_words(tree), []
+
+    def place(path, leaf):
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            return None
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = [_mesh_axes(rules, word) for word in words[name]]
+        wrong = _problems(name, leaf.shape, words[name], spec, mesh)
+        problems.extend(wrong)
+        if wrong:
+            return None
+        return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in spec)))
+
+    placed = jax.tree_util.tree_map_with_path(place, tree)
+    if problems:
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise ValueError("The rules don't fit the mesh:\n- " + "\n- ".join(shown))
+    return placed
+
+
+def shard(tree: T, mesh: Mesh, rules: Rules) -> T:
+    """The tree with its arrays where `shardings` says. Errors: as of `shardings`."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, rules)), rest)
+
+
+def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+    """Where tokens lie, and all else that is `"batch seq"`."""
+    axes = (_mesh_axes(rules, word) or None for word in ("batch", "seq"))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _mesh_axes(rules: Rules, word: str) -> tuple[str, ...]:
+    axes = rules.get(word) or ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _problems(
+    name: str,
+    shape: tuple[int, ...],
+    words: tuple[str, ...],
+    spec: list[tuple[str, ...]],
+    mesh: Mesh,
+) -> list[str]:
+    found, taken = [], {}
+    for word, size, axes in zip(words, shape, spec, strict=True):
+        unknown = [axis for axis in axes if axis not in mesh.shape]
+        if unknown:
+            there = ", ".join(mesh.shape)
+            found.append(f"{name}: {word} is to lie along {unknown[0]}, but the mesh has {there}")
+            continue
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        if size % devices:
+            found.append(
+                f"{name}: {word} of {size} can't be cut among the {devices} devices of "
+                f"{' and '.join(axes)}"
+            )
+        for axis in axes:
+            if axis in taken:
+                found.append(f"{name}: both {taken[axis]} and {word} are to lie along {axis}")
+            taken[axis] = word
+    return found
