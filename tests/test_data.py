@@ -1,6 +1,7 @@
 """Packed rows: nothing lost, nothing mixed, and the same again after a stop."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,9 @@ def test_little_is_padding():
 
 def test_packed_loss_is_that_of_the_documents_apart():
     source = [
-        Document(tokens=d["tokens"] % 250, target_mask=d["target_mask"]) for d in documents(12, 20)
+        Document(tokens=d["tokens"] % 250, target_mask=d["target_mask"]) for d in documents(6, 20)
     ]
-    model = l4.Llama4(l4.Llama4Config(SCOUT), key=jax.random.key(0))
+    model = l4.Llama4(l4.Llama4Config(replace(SCOUT, num_hidden_layers=2)), key=jax.random.key(0))
     batches = packed_batches(source, rows=2, seq=SEQ, seed=0, epochs=1)
     losses = [next_token_loss(model, **jax.tree.map(jnp.asarray, batch)).token for batch in batches]
     packed = sum(float(loss.total) * int(loss.tokens) for loss in losses)

@@ -89,7 +89,7 @@ def test_steps_are_torchs(tmp_path):
     assert state.step == 3
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", [1, 4])
 def test_micro_batches_are_one_batch(micro_batches):
     """Although they count different numbers of tokens."""
     optimizer, batch = optax.sgd(0.1), counted_batch(4, 40)
@@ -123,9 +123,8 @@ def test_nothing_counted_changes_nothing():
 
 
 @pytest.mark.parametrize("keep", ["nothing", "everything"])
-@pytest.mark.parametrize("config", [SMALL, TOYS["tail"]])
-def test_what_is_kept_changes_no_gradient(config, keep):
-    tokens, model = random_tokens(2, 40), toy(config)
+def test_what_is_kept_changes_no_gradient(keep):
+    tokens, model = random_tokens(2, 40), toy()
 
     @eqx.filter_jit
     @eqx.filter_grad
