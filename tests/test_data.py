@@ -123,7 +123,7 @@ def test_packed_loss_is_that_of_the_documents_apart():
     ]
     truth = sum(float(loss.total) * int(loss.tokens) for loss in alone)
     assert relative_error(packed, truth) < 1e-5
-    assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 20
+    assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 10
 
 
 CHAT = [
