@@ -111,7 +111,7 @@ def test_little_is_padding():
 
 def test_packed_loss_is_that_of_the_documents_apart():
     source = [
-        Document(tokens=d["tokens"] % 250, target_mask=d["target_mask"]) for d in documents(6, 20)
+        Document(tokens=d["tokens"] % 250, target_mask=d["target_mask"]) for d in documents(12, 20)
     ]
     model = l4.Llama4(l4.Llama4Config(replace(SCOUT, num_hidden_layers=2)), key=jax.random.key(0))
     batches = packed_batches(source, rows=2, seq=SEQ, seed=0, epochs=1)
@@ -123,7 +123,7 @@ def test_packed_loss_is_that_of_the_documents_apart():
     ]
     truth = sum(float(loss.total) * int(loss.tokens) for loss in alone)
     assert relative_error(packed, truth) < 1e-5
-    assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 10
+    assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 20
 
 
 CHAT = [
