@@ -103,14 +103,14 @@ def init_train_state(
 class TrainStep:
     """`state, report = step(state, batch)`, compiled; the old state's memory is used again."""
 
-    _jitted: Callable[[PyTree, TrainState], tuple[TrainState, Report]]
+    _jitted: Any  # what `eqx.filter_jit` makes
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Report]:
         return self._jitted(batch, state)
 
     def lower(self, state: TrainState, batch: PyTree) -> Any:
         """As of `jax.jit`: arrays may be given by their shapes."""
-        return self._jitted.lower(batch, state)  # pyright: ignore[reportFunctionMemberAccess]
+        return self._jitted.lower(batch, state)
 
 
 def make_train_step(
