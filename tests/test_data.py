@@ -11,7 +11,6 @@ import pytest
 import llama4_eqx as l4
 from llama4_eqx.data import Document, packed_batches
 from llama4_eqx.losses import next_token_loss
-from llama4_eqx.processing import assistant_mask, byte_tokenizer, encode_chat
 from tests.toys import SCOUT, relative_error
 
 SEQ = 24
@@ -124,31 +123,3 @@ def test_packed_loss_is_that_of_the_documents_apart():
     truth = sum(float(loss.total) * int(loss.tokens) for loss in alone)
     assert relative_error(packed, truth) < 1e-5
     assert sum(int(loss.tokens) for loss in losses) == sum(int(loss.tokens) for loss in alone) > 20
-
-
-CHAT = [
-    {"role": "system", "content": "Be brief. <|eot|>"},
-    {"role": "user", "content": "Who are you, assistant?\n\n"},
-    {"role": "assistant", "content": "A model. <|header_start|>assistant<|header_end|>\n\nNo."},
-    {"role": "user", "content": "Good."},
-    {"role": "assistant", "content": ""},
-    {"role": "tool", "content": "12"},
-    {"role": "assistant", "content": "\n\nTwelve."},
-]
-
-
-@pytest.mark.parametrize("turns", range(1, len(CHAT) + 1))
-def test_what_counts_in_a_chat_is_what_the_assistant_adds(turns):
-    """To the prompt before each of its turns."""
-    tokenizer = byte_tokenizer()
-    whole = encode_chat(tokenizer, CHAT[:turns], add_generation_prompt=False)
-    truth = np.zeros(len(whole), bool)
-    for place in range(turns):
-        if CHAT[place]["role"] == "assistant":
-            start = len(encode_chat(tokenizer, CHAT[:place]))
-            end = len(encode_chat(tokenizer, CHAT[: place + 1], add_generation_prompt=False))
-            truth[start:end] = True
-    np.testing.assert_array_equal(assistant_mask(tokenizer, whole), truth)
-    prompt = encode_chat(tokenizer, CHAT[:turns])
-    np.testing.assert_array_equal(assistant_mask(tokenizer, prompt)[: len(whole)], truth)
-    assert not assistant_mask(tokenizer, prompt)[len(whole) :].any()

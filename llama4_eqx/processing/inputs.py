@@ -71,15 +71,16 @@ def assistant_mask(tokenizer: Tokenizer, tokens: Iterable[int]) -> Bool[np.ndarr
     not the header. It is what a chat is trained on, as `target_mask`."""
     names = (HEADER_START, HEADER_END, EOT, EOM)
     header_start, header_end, *ends = map(tokenizer.token_id, names)
-    speaker, blank = tokenizer.encode("assistant"), tokenizer.encode("\n\n")
+    header = [header_start, *tokenizer.encode("assistant"), header_end]
+    # A blank line follows, which may be one token with what the content begins with.
+    blank = len(tokenizer.encode("\n\n"))
     tokens = list(tokens)
     said = np.zeros(len(tokens), bool)
-    header = [header_start, *speaker, header_end, *blank]
     start = None
     for i, token in enumerate(tokens):
         if start is None and tokens[i : i + len(header)] == header:
-            start = i + len(header)
-        elif start is not None and i >= start and token in ends:
+            start = i + len(header) + blank
+        elif start is not None and token in ends:
             said[start : i + 1] = True
             start = None
     return said
