@@ -1,13 +1,20 @@
-"""The words for a parameter's axes, read off the annotation that also checks its shape."""
+"""The name of a parameter, and the words for its axes, read off the annotation that also checks its
+shape."""
 
 from typing import Any
 
 import equinox as eqx
 import jax
+from jax.tree_util import KeyPath
+
+
+def leaf_name(path: KeyPath) -> str:
+    """A leaf's name from its path as `jax.tree_util` has it: `"decoder.norm.weight"`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def axis_words(tree: Any) -> dict[str, tuple[str, ...]]:
-    """The axes of every array leaf, by its path: `{"decoder.norm.weight": ("hidden",), …}`.
+    """The axes of every array leaf, by its name: `{"decoder.norm.weight": ("hidden",), …}`.
 
     A leaf stacked by `eqx.filter_vmap` has `layers` in front. The tree may be a module, or hold
     some in tuples and dicts, as the state of an optimiser does; it may have arrays or their shapes.

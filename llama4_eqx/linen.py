@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from llama4_eqx.axes import axis_words
+from llama4_eqx.axes import axis_words, leaf_name
 
 # Linen's logical axis rules: each of our axis words, and the mesh axis that it is cut along.
 Rules = tuple[tuple[str, str | None], ...]
@@ -52,7 +52,7 @@ class _AsLinen(nn.Module):
         }
         arrays, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
         paths, structure = jax.tree_util.tree_flatten_with_path(arrays)
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+        names = [leaf_name(path) for path, _ in paths]
         if self.is_initializing():
             made = eqx.filter(self.make(self.make_rng("params")), eqx.is_array)
             inits = [lambda key, leaf=leaf: leaf for leaf in jax.tree.leaves(made)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from llama4_eqx.axes import leaf_name
 from llama4_eqx.layers.lowrank import LowRank, merged
 from llama4_eqx.model import Llama4
 from llama4_eqx.tensor_names import tensors
@@ -58,7 +59,7 @@ class LoRA(eqx.Module):
         for i, (path, _) in enumerate(leaves):
             if not chosen[i]:
                 continue
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = leaf_name(path)
             stack, shape = shapes[i]
             if len(shape) < 2:
                 raise ValueError(f"{name} isn't a matrix: choose patterns that leave it out.")
@@ -93,8 +94,7 @@ class LoRA(eqx.Module):
 
 def _map_with_names(function: Any, model: Llama4) -> PyTree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="."), leaf),
-        model,
+        lambda path, leaf: function(leaf_name(path), leaf), model
     )
 
 

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from llama4_eqx.axes import axis_words
+from llama4_eqx.axes import axis_words, leaf_name
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     def place(path, leaf):
         if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
             return None
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         spec = [_mesh_axes(rules, word) for word in words[name]]
         wrong = _problems(name, leaf.shape, words[name], spec, mesh)
         problems.extend(wrong)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 
+from llama4_eqx.axes import leaf_name
 from llama4_eqx.model import Llama4
 
 
@@ -102,7 +103,7 @@ def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:
     `text_prefix` comes before the decoder's names: `language_model.` in a multimodal checkpoint.
     """
     leaves = jax.tree_util.tree_leaves_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    names = [leaf_name(path) for path, _ in leaves]
     return [
         tensor
         for i, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True))

@@ -13,6 +13,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from llama4_eqx.axes import leaf_name
+
 # From a model, a batch and a key (for dropout) to the loss as a mean, what it is a mean over (how
 # many tokens, say), and whatever else is to be reported.
 LossFunction = Callable[[Any, Any, PRNGKeyArray], tuple[Array, Array, PyTree]]
@@ -57,16 +59,14 @@ def select(model: PyTree, *patterns: str) -> PyTree:
     Raises a `ValueError` for a pattern that fits no leaf.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator=".") if eqx.is_inexact_array(leaf) else ""
-        for path, leaf in leaves
-    ]
+    paths = [leaf_name(path) if eqx.is_inexact_array(leaf) else "" for path, leaf in leaves]
     chosen = [False] * len(paths)
     for pattern in patterns:
         fits = [bool(path) and fnmatchcase(path, pattern.removeprefix("!")) for path in paths]
         if not any(fits):
             raise ValueError(
-                f"The pattern {pattern!r} fits no leaf. Paths look like {paths[0]!r}; "
+                f"The pattern {pattern!r} fits no leaf. Paths look like "
+                f"{next(filter(None, paths), None)!r}; "
                 "jax.tree_util.tree_leaves_with_path(model) lists them."
             )
         chosen = [
