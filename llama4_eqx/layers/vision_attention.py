@@ -1,0 +1,96 @@
+"""The vision encoder's attention: each patch sees its whole image, turned by row and column."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import normal
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from llama4_eqx.layers.linear import project, unproject
+from llama4_eqx.layers.remat import kept
+from llama4_eqx.layers.rope import Rotation, rope_frequencies
+
+
+class VisionAttention(eqx.Module):
+    """Full attention between the patches of a tile, all projections with a bias."""
+
+    q_proj: Float[Array, "heads head_dim vision_hidden"]
+    k_proj: Float[Array, "heads head_dim vision_hidden"]
+    v_proj: Float[Array, "heads head_dim vision_hidden"]
+    o_proj: Float[Array, "vision_hidden heads head_dim"]
+    q_bias: Float[Array, "heads head_dim"]
+    k_bias: Float[Array, "heads head_dim"]
+    v_bias: Float[Array, "heads head_dim"]
+    o_bias: Float[Array, "vision_hidden"]
+    dropout: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vision_hidden: int,
+        heads: int,
+        *,
+        dropout: float,
+        init_std: float,
+        dtype: DTypeLike,
+        key: PRNGKeyArray,
+    ) -> None:
+        init, head_dim = normal(init_std), vision_hidden // heads
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        self.q_proj = init(q_key, (heads, head_dim, vision_hidden), dtype)
+        self.k_proj = init(k_key, (heads, head_dim, vision_hidden), dtype)
+        self.v_proj = init(v_key, (heads, head_dim, vision_hidden), dtype)
+        self.o_proj = init(o_key, (vision_hidden, heads, head_dim), dtype)
+        self.q_bias = jnp.zeros((heads, head_dim), dtype)
+        self.k_bias = jnp.zeros((heads, head_dim), dtype)
+        self.v_bias = jnp.zeros((heads, head_dim), dtype)
+        self.o_bias = jnp.zeros(vision_hidden, dtype)
+        self.dropout = dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch patches vision_hidden"],
+        rotation: Rotation,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch patches vision_hidden"]:
+        q = rotation(project(x, self.q_proj, self.q_bias))
+        k = rotation(project(x, self.k_proj, self.k_bias))
+        v = project(x, self.v_proj, self.v_bias)
+        q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
+        keys = None if key is None else jax.random.split(key, len(q))
+        # One image at a time, whose scores fit in a CPU's cache.
+        out = kept(lax.map(lambda image: _attend(*image, dropout=self.dropout), (q, k, v, keys)))
+        out = out.reshape(*x.shape[:-1], *out.shape[-2:])
+        return unproject(out, self.o_proj, self.o_bias)
+
+
+def rotation_2d(rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
+    """The first half of a head's pairs turns with the patch's column, the second with its row, both
+    counted from 1; the class token, which comes last, isn't turned."""
+    row, column = np.divmod(np.arange(rows * columns, dtype=np.float32), columns)
+    frequencies = rope_frequencies(head_dim // 2, theta)
+    angles = [np.outer(1 + place, frequencies) for place in (column, row)]
+    angles = np.pad(np.concatenate(angles, axis=-1), ((0, 1), (0, 0)))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+@eqx.filter_checkpoint
+def _attend(
+    q: Float[Array, "patches heads head_dim"],
+    k: Float[Array, "patches heads head_dim"],
+    v: Float[Array, "patches heads head_dim"],
+    key: PRNGKeyArray | None,
+    *,
+    dropout: float,
+) -> Float[Array, "patches heads head_dim"]:
+    """Softmax attention of each patch over its whole image. Backward computes the scores again."""
+    q, k, v = (jnp.swapaxes(part, 0, 1) for part in (q, k, v))
+    scores = jnp.einsum("hqk,hsk->hqs", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+    if key is not None and dropout > 0:
+        kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
+    return jnp.swapaxes(jnp.einsum("hqs,hsk->hqk", weights.astype(v.dtype), v), 0, 1)
