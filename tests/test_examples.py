@@ -25,7 +25,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script: str, *arguments: str, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
+    return python(str(EXAMPLES / script), *arguments, cwd=cwd)
+
+
+def run_shortly(name: str, settings: str, steps: int, cwd: Path) -> str:
+    """The example's `main` for a few steps, its module's constants set before."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"import {name} as example\n{settings}\nexample.main(steps={steps})"
+    )
+    return python("-c", code, cwd=cwd)
+
+
+def python(*arguments: str, cwd: Path | None) -> str:
+    command = [sys.executable, "-W", "error", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -99,16 +112,8 @@ def test_shapes():
 def digits_folder(tmp_path_factory):
     """What `train_digits.py` leaves after a few steps, and what it said."""
     folder = tmp_path_factory.mktemp("digits")
-    code = (
-        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import train_digits\n"
-        "train_digits.TEST_ROWS, train_digits.TEST_BATCHES = train_digits.TEST_ROWS[:40], 2\n"
-        "train_digits.main(steps=30)"
-    )
-    command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    settings = "example.TEST_ROWS, example.TEST_BATCHES = example.TEST_ROWS[:40], 2"
+    return folder, run_shortly("train_digits", settings, 30, cwd=folder)
 
 
 def test_digits_are_split_by_their_writers(digits_folder):
@@ -154,16 +159,8 @@ def test_transformers_reads_digits_the_same(digits_folder):
 def test_finetuning_the_digits_model(digits_folder, tmp_path):
     assert "run examples/train_digits.py first" in run("finetune_lora.py", cwd=tmp_path)
     folder, _ = digits_folder
-    code = (
-        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        "import finetune_lora\n"
-        "finetune_lora.TESTS = 8\n"
-        "finetune_lora.main(steps=12)"
-    )
-    command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count(" stands\n") == 5
+    said = run_shortly("finetune_lora", "example.TESTS = 8", 12, cwd=folder)
+    assert said.count(" stands\n") == 5
     old = l4.load_checkpoint(folder / "runs/digits/model")
     new = l4.load_checkpoint(folder / "runs/finetune_lora/model")
     np.testing.assert_array_equal(new.embed_tokens, old.embed_tokens)
