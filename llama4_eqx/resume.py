@@ -6,7 +6,6 @@ complete: `state/` holds the arrays, `run/metadata` their shapes and where the d
 """
 
 import base64
-import hashlib
 import json
 import logging
 import os
@@ -23,10 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llama4_eqx.checkpoint import CheckpointError
+from llama4_eqx.sums import damage, write_sums
 
-_SUMS = "sha256sums.txt"
-# Orbax writes these when our sums are made already. They tell nothing that we read.
-_UNLISTED = {_SUMS, "_CHECKPOINT_METADATA", "commit_success.txt"}
 T = TypeVar("T")
 
 
@@ -180,17 +177,14 @@ class RunCheckpoints:
         """Called by orbax, on one process, when all else is written and just before the step's
         folder gets its name: so no finished step is without its sums."""
         folder = next(self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
-        with open(folder / _SUMS, "w") as file:
-            file.writelines(f"{_sha256(folder / name)}  {name}\n" for name in _listed(folder))
-            file.flush()
-            os.fsync(file.fileno())
+        write_sums(folder)
 
     def _newest_good(self) -> tuple[int | None, list[tuple[int, str]]]:
         """The newest good step, and what is wrong with the newer ones."""
         folders = [path for path in self._folder.glob("*") if path.is_dir()]
         damaged = []
         for step in sorted((int(p.name) for p in folders if p.name.isdecimal()), reverse=True):
-            why = _damage(self._folder / str(step))
+            why = damage(self._folder / str(step))
             if why is None:
                 return step, damaged
             damaged.append((step, why))
@@ -310,32 +304,3 @@ def _gathered(value: Any) -> list[Any]:
     size = np.max(multihost_utils.process_allgather(np.int32(len(text))))
     padded = np.pad(text, (0, size - len(text)), constant_values=ord(" "))
     return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listed(folder: Path) -> list[str]:
-    """The files in a step's folder that its sums cover. Hidden ones aren't ours."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
-    return sorted({path.relative_to(folder).as_posix() for path in paths} - _UNLISTED)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a finished step; None where every file is as it was written."""
-    try:
-        lines = [line.partition("  ") for line in (folder / _SUMS).read_text().splitlines()]
-        sums = {name: digest for digest, _, name in lines}
-        files = _listed(folder)
-        for name in sorted({*sums, *files}):
-            if name not in files:
-                return f"{name} is missing"
-            if name not in sums:
-                return f"{name} isn't listed in {_SUMS}"
-            if _sha256(folder / name) != sums[name]:
-                return f"{name} isn't as it was written"
-    except (OSError, UnicodeDecodeError) as error:
-        return str(error)
-    return None

@@ -22,7 +22,7 @@ from tests.toys import MULTIMODAL, TOYS
 PACKAGE = Path(l4.__file__).parent
 FLOORS = (
     ("hf_config", "axes"),
-    ("config", "sharding"),
+    ("config", "sharding", "sums"),
     ("layers",),
     ("projector", "decoder"),
     ("vision",),
