@@ -7,7 +7,12 @@ from typing import TypedDict
 import grain
 import jax
 import numpy as np
-from grain.experimental import FirstFitPackIterDataset, FlatMapIterDataset, FlatMapTransform
+from grain.experimental import (
+    FirstFitPackIterDataset,
+    FlatMapIterDataset,
+    FlatMapTransform,
+    WindowShuffleIterDataset,
+)
 from grain.sources import RandomAccessDataSource
 from jaxtyping import Bool, Int32
 
@@ -35,6 +40,7 @@ def packed_batches(
     seq: int,
     seed: int,
     epochs: int | None = None,
+    window: int = 1024,
     open_rows: int = 16,
     process: int | None = None,
     processes: int | None = None,
@@ -42,11 +48,12 @@ def packed_batches(
     """Batches of `rows` rows of `seq` tokens; without end where `epochs` is None.
 
     `documents` is a list, or any object with `len` and an index, which reads them when asked. They
-    come in an order that the seed decides, another in each epoch. One longer than `seq`
-    is cut into pieces, each a document to the model. Documents share a row where they fit:
-    `open_rows` rows are filled at a time, and more of them leave less padding. Of all documents
-    each process reads its own share, that of `jax.process_index()` unless given, and a batch has
-    so many rows of each process. What doesn't fill a batch at the very end is left out.
+    come in an order that the seed decides, another in each epoch. One longer than `seq` is cut into
+    pieces, each a document to the model; `window` pieces at a time are shuffled, so that those of
+    one document don't fill a batch. Pieces share a row where they fit: `open_rows` rows are filled
+    at a time, and more of them leave less padding. Of all documents each process reads its own
+    share, that of `jax.process_index()` unless given, and a batch has so many rows of each process.
+    What doesn't fill a batch at the very end is left out.
 
     `iter(…)` has `get_state()` and `set_state(state)`: from one batch on, the same batches follow.
 
@@ -62,7 +69,7 @@ def packed_batches(
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle()[process::processes]
     pieces = FlatMapIterDataset(shuffled.repeat(epochs).to_iter_dataset(), _Cut(seq))
     packed = FirstFitPackIterDataset(
-        pieces,
+        WindowShuffleIterDataset(pieces, window_size=window, seed=seed),
         length_struct={"tokens": seq, "target_mask": seq},
         num_packing_bins=open_rows,
         seed=seed,

@@ -76,6 +76,17 @@ def test_epochs_and_seeds_differ():
     assert once == order(0, 1)
 
 
+def test_a_long_document_does_not_fill_a_batch():
+    """Of ten documents of 40 pieces each, the eight rows of any batch hold several."""
+    source = [
+        Document(tokens=np.full(40 * SEQ, value, np.int32), target_mask=np.ones(40 * SEQ, bool))
+        for value in range(10)
+    ]
+    batches = list(packed_batches(source, rows=8, seq=SEQ, seed=0, epochs=1))
+    assert len(batches) == 50
+    assert min(len(np.unique(batch["tokens"])) for batch in batches) > 2
+
+
 def test_processes_share_the_documents():
     source, shares = documents(), []
     for process in range(3):
