@@ -1,7 +1,8 @@
 """Balancing experts without a loss term: a bias on their choice, moved against their load.
 
 This isn't part of Llama 4 as released: it is the method of https://arxiv.org/abs/2408.15664. The
-bias changes which experts a token goes to and nothing else; it has no gradient. A checkpoint has no
+bias changes which experts a token goes to and nothing else; it has no gradient, so leave it out of
+`trainable`, for `init_train_state` as for the step, lest weight decay move it. A checkpoint has no
 place for it, so take it off before saving; the router must then stand on its own.
 
     model = with_selection_bias(model)

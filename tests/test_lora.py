@@ -34,6 +34,11 @@ def random_lora(config, *patterns, rank=3):
     return eqx.tree_at(lambda lora: lora.updates, lora, jax.tree.unflatten(structure, noisy))
 
 
+@eqx.filter_jit
+def logits_of(model, tokens, pixels=None):
+    return model(tokens, pixel_values=pixels).logits
+
+
 def loss(model, tokens):
     return next_token_loss(model, tokens).token.total
 
@@ -41,9 +46,9 @@ def loss(model, tokens):
 @pytest.mark.parametrize("config", [SMALL, MAVERICK])
 def test_attached_is_merged(config):
     lora, tokens = random_lora(l4.Llama4Config(config), *EVERY_MATRIX), random_tokens(2, 40)
-    truth = lora.merged()(tokens).logits
-    assert relative_error(lora.attached()(tokens).logits, truth) < TOLERANCE
-    assert relative_error(lora.model(tokens).logits, truth) > 0.05
+    truth = logits_of(lora.merged(), tokens)
+    assert relative_error(logits_of(lora.attached(), tokens), truth) < TOLERANCE
+    assert relative_error(logits_of(lora.model, tokens), truth) > 0.05
     plain = jax.tree.map(jnp.shape, lora.model)
     assert jax.tree.map(jnp.shape, lora.merged()) == plain
 
@@ -54,10 +59,9 @@ def test_attached_is_merged_with_images():
     )
     tokens = jnp.array([[1, 250, 250, 250, 250, 7, 8]])
     pixels = jax.random.normal(jax.random.key(3), (1, 3, 28, 28))
-    truth = lora.merged()(tokens, pixel_values=pixels).logits
-    logits = lora.attached()(tokens, pixel_values=pixels).logits
-    assert relative_error(logits, truth) < TOLERANCE
-    assert relative_error(lora.model(tokens, pixel_values=pixels).logits, truth) > 1e-3
+    truth = logits_of(lora.merged(), tokens, pixels)
+    assert relative_error(logits_of(lora.attached(), tokens, pixels), truth) < TOLERANCE
+    assert relative_error(logits_of(lora.model, tokens, pixels), truth) > 1e-3
 
 
 def test_gradients_are_those_of_the_whole_weights():
@@ -94,7 +98,7 @@ def test_training_moves_the_updates_alone(tmp_path):
     model = l4.Llama4(config, key=jax.random.key(0))
     lora = LoRA(model, "decoder.*_proj", rank=4, key=jax.random.key(1))
     before = jax.tree.map(np.asarray, model)
-    np.testing.assert_array_equal(lora.merged()(tokens).logits, model(tokens).logits)
+    np.testing.assert_array_equal(logits_of(lora.merged(), tokens), logits_of(model, tokens))
     trainable = select(lora, "updates.*")
     optimizer = optax.adam(1e-2)
     step = make_train_step(
@@ -117,7 +121,7 @@ def test_training_moves_the_updates_alone(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = transformers.BatchEncoding({"input_ids": np.asarray(tokens)}, tensor_type="pt")
     truth = reference(**ids).logits.detach()
-    assert relative_error(state.model.attached()(tokens).logits, truth) < 2 * TOLERANCE
+    assert relative_error(logits_of(state.model.attached(), tokens), truth) < 2 * TOLERANCE
 
 
 def test_what_is_no_matrix_is_refused():

@@ -57,6 +57,16 @@ def counted_batch(*shape, seed=0):
     }
 
 
+# One step for the tests that compare with it, so that it is compiled once.
+SGD = optax.sgd(0.1)
+PLAIN = make_train_step(SGD, loss_function)
+
+
+@eqx.filter_jit
+def output_of(model, tokens):
+    return model(tokens)
+
+
 def largest_difference(a, b) -> float:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(relative_error(x, y) for x, y in pairs)
@@ -92,12 +102,11 @@ def test_steps_are_torchs(tmp_path):
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_micro_batches_are_one_batch(micro_batches):
     """Although they count different numbers of tokens."""
-    optimizer, batch = optax.sgd(0.1), counted_batch(4, 40)
-    whole = make_train_step(optimizer, loss_function)
-    parts = make_train_step(optimizer, loss_function, micro_batches=micro_batches)
+    batch = counted_batch(4, 40)
+    parts = make_train_step(SGD, loss_function, micro_batches=micro_batches)
     split = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
-    start = partial(init_train_state, optimizer=optimizer, key=jax.random.key(0))
-    one, report_of_one = whole(start(toy()), batch)
+    start = partial(init_train_state, optimizer=SGD, key=jax.random.key(0))
+    one, report_of_one = PLAIN(start(toy()), batch)
     many, report_of_many = parts(start(toy()), split)
     assert largest_difference(one.model, many.model) < TOLERANCE
     assert relative_error(report_of_many.loss, report_of_one.loss) < TOLERANCE
@@ -114,10 +123,9 @@ def test_a_batch_without_micro_batches_is_refused():
 
 
 def test_nothing_counted_changes_nothing():
-    optimizer, tokens = optax.sgd(0.1), random_tokens(2, 20)
-    step = make_train_step(optimizer, loss_function)
-    state = init_train_state(toy(), optimizer, key=jax.random.key(0))
-    state, report = step(state, {"tokens": tokens, "counted": jnp.zeros(tokens.shape, bool)})
+    tokens = random_tokens(4, 40)
+    state = init_train_state(toy(), SGD, key=jax.random.key(0))
+    state, report = PLAIN(state, {"tokens": tokens, "counted": jnp.zeros(tokens.shape, bool)})
     assert report.loss == report.weight == report.gradient_norm == 0
     assert eqx.tree_equal(state.model, toy())
 
@@ -169,11 +177,11 @@ def test_an_unknown_name_of_what_to_keep():
 
 
 def test_bfloat16_computes_with_float32_masters():
-    optimizer, batch = optax.sgd(0.1), counted_batch(2, 40)
-    start = partial(init_train_state, optimizer=optimizer, key=jax.random.key(0))
-    step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
+    batch = counted_batch(4, 40)
+    start = partial(init_train_state, optimizer=SGD, key=jax.random.key(0))
+    step = make_train_step(SGD, loss_function, compute_dtype=jnp.bfloat16)
     small, report = step(start(toy()), batch)
-    truth, true_report = make_train_step(optimizer, loss_function)(start(toy()), batch)
+    truth, true_report = PLAIN(start(toy()), batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(small.model)} == {jnp.dtype(jnp.float32)}
     assert relative_error(report.loss, true_report.loss) < 2**-8  # bfloat16 rounds by up to 2**-9
     assert 0 < relative_error(report.gradient_norm, true_report.gradient_norm) < 0.02
@@ -258,18 +266,18 @@ def test_each_step_has_a_key_of_its_own():
 @pytest.mark.parametrize("config", [SMALL, MAVERICK, TOYS["tail"], TOYS["top-2"]])
 def test_selection_bias_decides_who_is_chosen_and_nothing_else(config):
     model, tokens = toy(config), random_tokens(2, 30)
-    truth = model(tokens)
+    truth = output_of(model, tokens)
     biased = with_selection_bias(model)
     zero = selection_bias(biased)
     assert zero.shape == (len(truth.router_logits), config.num_local_experts)
     # The scores' choice equals the logits', with nothing added.
-    assert relative_error(biased(tokens).logits, truth.logits) < TOLERANCE
+    assert relative_error(output_of(biased, tokens).logits, truth.logits) < TOLERANCE
     # Only expert 1 is pushed, in the last MoE layer only: every token goes there.
     load = jnp.ones_like(zero).at[-1, 1].set(0)
     pushed = rebalanced(biased, load, rate=1.0)
     expected = jnp.zeros_like(zero).at[-1].set(jnp.where(jnp.arange(zero.shape[1]) == 1, 1, -1))
     np.testing.assert_array_equal(selection_bias(pushed), expected)
-    output, top_k = pushed(tokens), config.num_experts_per_tok
+    output, top_k = output_of(pushed, tokens), config.num_experts_per_tok
     report = router_report(output.router_logits, top_k=top_k, selection_bias=expected)
     assert relative_error(report.load[-1, 1], 1 / top_k) < TOLERANCE
     plain = router_report(output.router_logits, top_k=top_k)
