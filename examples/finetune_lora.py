@@ -73,7 +73,9 @@ def right(model: l4.Llama4, tokenizer: Tokenizer, tests: list[Example]) -> float
 
 def train(lora: LoRA, tokenizer: Tokenizer, seen: Digits, steps: int) -> LoRA:
     """The model with updates that know the task."""
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 10, steps))
+    optimizer = optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 30, steps)
+    )
     trainable = select(lora, "updates.*")
     step = make_train_step(
         optimizer,
