@@ -39,6 +39,7 @@ def axis_words(tree: Any) -> dict[str, tuple[str, ...]]:
             if value.shape and not options:
                 raise ValueError(f"{path} has no annotation that names its axes.")
             words = tuple(options[0].dim_str.split()) if value.shape else ()
+            words = tuple(word.lstrip("*") for word in words if word != "...")
             found[path] = ("layers",) * (len(value.shape) - len(words)) + words
 
     walk(tree, None, "")

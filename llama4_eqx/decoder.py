@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.config import TextConfig
+from llama4_eqx.layers.across import ALONE, Across
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
 from llama4_eqx.layers.cache import Filled, KVCache, LayerCache
 from llama4_eqx.layers.lowrank import merged
@@ -81,6 +82,7 @@ class DecoderLayer(eqx.Module):
         cache: LayerCache | None = None,
         filled: Filled | None = None,
         *,
+        across: Across = ALONE,
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
@@ -89,14 +91,14 @@ class DecoderLayer(eqx.Module):
     ]:
         """The layer's output, its cache, and its router's logits (None for a dense layer)."""
         attended, cache = self.self_attn(
-            self.input_layernorm(x), places, rotation, cache, filled, key=key
+            self.input_layernorm(x), places, rotation, cache, filled, across=across, key=key
         )
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.feed_forward, MoE):
-            out, router_logits = self.feed_forward(normed)
+            out, router_logits = self.feed_forward(normed, across=across)
         else:
-            out, router_logits = self.feed_forward(normed), None
+            out, router_logits = self.feed_forward(normed, across=across), None
         return x + out, cache, router_logits
 
 
@@ -122,6 +124,7 @@ class DecoderBlock(eqx.Module):
         caches: tuple[LayerCache, ...] | None = None,
         filled: Filled | None = None,
         *,
+        across: Across = ALONE,
         keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
@@ -135,7 +138,8 @@ class DecoderBlock(eqx.Module):
 
         @partial(remat, keep=keep)
         def run(layer, x, cache, key):
-            return merged(layer)(x, places, rotation, cache, filled, key=key)
+            layer = merged(across.whole(layer))
+            return layer(x, places, rotation, cache, filled, across=across, key=key)
 
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
@@ -191,6 +195,7 @@ class Decoder(eqx.Module):
         cache: KVCache | None = None,
         filled: Filled | None = None,
         *,
+        across: Across = ALONE,
         keep: Keep = "products",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
@@ -199,7 +204,8 @@ class Decoder(eqx.Module):
         Float[Array, "layers *batch seq experts"],
     ]:
         """The normed hidden states, the cache, and the router's logits of each MoE layer. `keep` is
-        what the backward pass keeps of each layer; see `remat`."""
+        what the backward pass keeps of each layer, see `remat`; `across` says how the work is
+        split, inside `jax.shard_map`."""
         blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
         rotation = self.rope(places.positions)
         caches = None if cache is None else cache.blocks
@@ -212,7 +218,9 @@ class Decoder(eqx.Module):
             def step(x, repeat):
                 arrays, caches, key = repeat
                 block = eqx.combine(arrays, static)
-                x, caches, logits = block(x, places, rotation, caches, filled, keep=keep, key=key)
+                x, caches, logits = block(
+                    x, places, rotation, caches, filled, across=across, keep=keep, key=key
+                )
                 return x, (caches, logits)
 
             x, (caches, stacked_logits) = lax.scan(step, x, (arrays, caches, keys))
@@ -221,7 +229,7 @@ class Decoder(eqx.Module):
                 router_logits.append(in_order.reshape(-1, *in_order.shape[2:]))
         tail_caches = None if cache is None else cache.tail
         x, tail_caches, tail_logits = self.tail(
-            x, places, rotation, tail_caches, filled, keep=keep, key=tail_key
+            x, places, rotation, tail_caches, filled, across=across, keep=keep, key=tail_key
         )
         if tail_logits:
             router_logits.append(jnp.stack(tail_logits))
@@ -231,7 +239,7 @@ class Decoder(eqx.Module):
             all_logits = jnp.concatenate(router_logits)
         else:
             all_logits = jnp.zeros((0, *x.shape[:-1], 0), x.dtype)
-        return self.norm(x), cache, all_logits
+        return across.whole(self.norm)(x), cache, all_logits
 
     @property
     def depth_of_stack(self) -> int:

@@ -1,5 +1,8 @@
 """The whole model: tokens in, logits out."""
 
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -26,10 +29,22 @@ class Output(eqx.Module):
     router_logits: Float[Array, "layers *batch seq experts"]
 
 
+@runtime_checkable
+class Parallel(Protocol):
+    """Runs parts of a model on many devices: see `llama4_eqx.parallel.MeshParallel`."""
+
+    embed: Callable[..., Array]
+    decode: Callable[..., Any]
+    unembed: Callable[..., Array]
+    token_sums: Callable[..., Any]
+    images: Callable[..., Array]
+
+
 class Llama4(eqx.Module):
     """Llama 4. Every array leaf is a parameter, and a tensor of the checkpoint but for its shape.
 
-    A text-only model has no `vision_model` and no `multi_modal_projector`.
+    A text-only model has no `vision_model` and no `multi_modal_projector`. `parallel` runs it on
+    many devices, once `llama4_eqx.sharding.shard` has set it.
     """
 
     vision_model: VisionModel | None
@@ -38,6 +53,7 @@ class Llama4(eqx.Module):
     decoder: Decoder
     lm_head: Float[Array, "vocab hidden"] | None
     config: Llama4Config = eqx.field(static=True)
+    parallel: Parallel | None
 
     def __init__(
         self, config: Llama4Config, *, dtype: DTypeLike = jnp.float32, key: PRNGKeyArray
@@ -62,6 +78,7 @@ class Llama4(eqx.Module):
         self.decoder = Decoder(text, dtype=dtype, key=decoder_key)
         self.lm_head = None if text.tie_word_embeddings else init(head_key, shape, dtype)
         self.config = config
+        self.parallel = None
 
     def __call__(
         self,
@@ -136,7 +153,11 @@ class Llama4(eqx.Module):
                 )
             places, filled, cache = _continue(cache, tokens.shape, mask)
         image_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        embedded = self.embed_tokens[tokens]
+        if self.parallel is None:
+            embedded, decode = self.embed_tokens[tokens], Decoder.__call__
+        else:
+            embedded = self.parallel.embed(self.embed_tokens, tokens)
+            decode = self.parallel.decode
         if pixel_values is not None:
             if image_embeddings is not None:
                 raise ValueError("Pass pixel_values or image_embeddings, not both.")
@@ -144,12 +165,14 @@ class Llama4(eqx.Module):
         if image_embeddings is not None:
             is_image = tokens == self.config.image_token_index
             embedded = _place_images(embedded, is_image, image_embeddings)
-        return self.decoder(embedded, places, cache, filled, keep=keep, key=decoder_key)
+        return decode(self.decoder, embedded, places, cache, filled, keep=keep, key=decoder_key)
 
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(hidden, head)
+        return (
+            linear(hidden, head) if self.parallel is None else self.parallel.unembed(hidden, head)
+        )
 
     def empty_cache(
         self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0
@@ -176,8 +199,15 @@ def encode_images(
     """What takes the place of each tile's image tokens, in the decoder's width."""
     if model.vision_model is None or model.multi_modal_projector is None:
         raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
-    features = model.vision_model(pixel_values, keep=keep, key=key)
-    return model.multi_modal_projector(features)
+    encoder = model.vision_model, model.multi_modal_projector
+
+    def encode(encoder, pixel_values):
+        vision_model, projector = encoder
+        return projector(vision_model(pixel_values, keep=keep, key=key))
+
+    if model.parallel is None:
+        return encode(encoder, pixel_values)
+    return model.parallel.images(encode, encoder, pixel_values)
 
 
 def _place_images(
@@ -188,14 +218,18 @@ def _place_images(
     """The embeddings with images' features at image tokens, both in reading order."""
     features = image_embeddings.reshape(-1, image_embeddings.shape[-1]).astype(embedded.dtype)
     order = jnp.cumsum(is_image.reshape(-1)).reshape(is_image.shape) - 1
-    order = _require_equal_counts(order, jnp.sum(is_image), len(features))
+    order += _require_equal_counts(jnp.sum(is_image), len(features))
     return jnp.where(is_image[..., None], features[order], embedded)
 
 
-def _require_equal_counts(
-    order: Int[Array, "*batch seq"], wanted: Int[Array, ""], given: int
-) -> Int[Array, "*batch seq"]:
-    def refuse(order, wanted):
+# What the checks below return is added to what depends on them. They are of single numbers, as the
+# error's way out of the device would otherwise take whole arrays to one device.
+
+
+def _require_equal_counts(wanted: Int[Array, ""], given: int) -> Int[Array, ""]:
+    """0, or an error."""
+
+    def refuse(wanted):
         raise ValueError(
             f"The tokens have {wanted} image tokens, but the images give {given} features: tokens "
             "and pixel_values must come from the same call of process()."
@@ -204,18 +238,23 @@ def _require_equal_counts(
     # Not eqx.error_if, whose sentence can't name a number that is known only at run time.
     return jax.lax.cond(
         wanted == given,
-        lambda order, wanted: order,
-        lambda order, wanted: jax.pure_callback(refuse, order, order, wanted),
-        order,
+        jnp.zeros_like,
+        lambda wanted: jax.pure_callback(refuse, wanted, wanted),
         wanted,
     )
 
 
+def _refuse_if(wrong: Bool[Array, ""], sentence: str) -> Int[Array, ""]:
+    """0, or an error."""
+    return eqx.error_if(jnp.zeros((), jnp.int32), wrong, sentence)
+
+
 def _inside_vocabulary(tokens: Int[Array, "*batch seq"], vocab: int) -> Int[Array, "*batch seq"]:
-    outside = jnp.any((tokens < 0) | (tokens >= vocab))
-    return eqx.error_if(
-        tokens, outside, f"A token id is outside the vocabulary: ids go from 0 to {vocab - 1}."
+    checked = _refuse_if(
+        jnp.any((tokens < 0) | (tokens >= vocab)),
+        f"A token id is outside the vocabulary: ids go from 0 to {vocab - 1}.",
     )
+    return tokens + checked.astype(tokens.dtype)
 
 
 def _continue(
@@ -230,8 +269,7 @@ def _continue(
     before = cache.start + cache.length
     places = make_places(shape, mask=mask, start=before)
     length = cache.length + jnp.sum(places.segments >= 0, axis=-1, dtype=jnp.int32)
-    length = eqx.error_if(
-        length,
+    length += _refuse_if(
         jnp.any(length > cache.capacity),
         f"The cache holds {cache.capacity} tokens of a row, and a row would need more: make it "
         "larger with model.empty_cache(batch_shape, capacity).",

@@ -6,12 +6,12 @@ rules is a dict, so two presets together are `FSDP | EXPERT`, and a table of one
     mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
     model = shard(model, mesh, FSDP | EXPERT)
 
-The compiler does the rest: a jitted function of sharded arrays computes where they lie.
+The model then runs on the mesh as it does on one device: see `llama4_eqx.parallel`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -19,6 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from llama4_eqx.axes import axis_words, leaf_name
+from llama4_eqx.model import Llama4
+from llama4_eqx.parallel import MeshParallel
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 T = TypeVar("T")
@@ -69,9 +71,41 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 
 
 def shard(tree: T, mesh: Mesh, rules: Rules) -> T:
-    """The tree with its arrays where `shardings` says. Errors: as of `shardings`."""
-    arrays, rest = eqx.partition(tree, eqx.is_array)
+    """The tree with its arrays where `shardings` says, and with its models at work on the mesh.
+
+    Errors: as of `shardings`.
+    """
+    arrays, rest = eqx.partition(on_mesh(tree, mesh, rules), eqx.is_array)
     return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, rules)), rest)
+
+
+def born_sharded(make: Callable[[], T], mesh: Mesh, rules: Rules) -> T:
+    """What `shard(make(), mesh, rules)` is, made where it lies: no array is ever whole.
+
+    `make` takes nothing: `lambda: Llama4(config, key=key)`, or all of a `TrainState`, or
+    `lambda: model.empty_cache((8,), 4096)`. Errors: as of `shardings`.
+    """
+    shapes, rest = eqx.partition(
+        on_mesh(eqx.filter_eval_shape(make), mesh, rules),
+        lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+    )
+
+    def arrays() -> Any:
+        return eqx.filter(on_mesh(make(), mesh, rules), eqx.is_array)
+
+    return eqx.combine(jax.jit(arrays, out_shardings=shardings(shapes, mesh, rules))(), rest)
+
+
+def on_mesh(tree: T, mesh: Mesh, rules: Rules) -> T:
+    """The tree with its models, of arrays or of shapes, at work on the mesh; arrays stay."""
+    parallel = MeshParallel(mesh, tuple((word, _mesh_axes(rules, word)) for word in rules))
+
+    def tell(node: Any) -> Any:
+        if not isinstance(node, Llama4):
+            return node
+        return eqx.tree_at(lambda m: m.parallel, node, parallel, is_leaf=lambda x: x is None)
+
+    return jax.tree.map(tell, tree, is_leaf=lambda node: isinstance(node, Llama4))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:

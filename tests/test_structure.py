@@ -22,12 +22,12 @@ from tests.toys import MULTIMODAL, TOYS
 PACKAGE = Path(l4.__file__).parent
 FLOORS = (
     ("hf_config", "axes"),
-    ("config", "sharding", "sums"),
+    ("config", "sums"),
     ("layers",),
     ("projector", "decoder"),
-    ("vision",),
+    ("vision", "parallel"),
     ("model", "processing"),
-    ("tensor_names", "sampling"),
+    ("tensor_names", "sampling", "sharding"),
     ("checkpoint", "generate", "linen", "losses", "balance", "train", "data"),
     ("meta", "lora", "resume"),
     ("__init__",),
@@ -36,7 +36,7 @@ AXES = set(
     "batch seq vocab hidden heads kv_heads head_dim ff q_seq kv_seq slots tokens experts top_k "
     "layers pairs size in_features out_features new group q_block kv_block q_blocks kv_blocks 2 "
     "tiles channels height width patch patches vision_hidden vision_ff vision_mid vision_out "
-    "image_tokens shuffled rows rank columns ...".split()
+    "image_tokens shuffled rows rank columns devices ...".split()
 )
 
 

@@ -9,8 +9,9 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from llama4_eqx.layers.across import ALONE, Across, Axes, enter, leave, own_key
 from llama4_eqx.layers.blockwise import attention
-from llama4_eqx.layers.cache import Filled, LayerCache
+from llama4_eqx.layers.cache import Filled, Keys, LayerCache
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.norm import rms_normalize
@@ -98,9 +99,11 @@ class Attention(eqx.Module):
         cache: LayerCache | None = None,
         filled: Filled | None = None,
         *,
+        across: Across = ALONE,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch seq hidden"], LayerCache | None]:
         """The layer's output, and its cache with these tokens in it."""
+        x = enter(x, across.heads)
         q = project(x, self.q_proj, self.q_bias)
         k = project(x, self.k_proj, self.k_bias)
         v = project(x, self.v_proj, self.v_bias)
@@ -112,42 +115,49 @@ class Attention(eqx.Module):
             q = self.temperature(q, places.positions)
 
         q, k, v = (jnp.swapaxes(part, -2, -3) for part in (q, k, v))  # heads before seq
-        keys = places
+        keys, split = Keys(k, v, places), ()
         if cache is not None and filled is not None:
-            cache, k, v, keys = self._recall(cache, filled, k, v, places)
+            cache, keys, split = self._recall(cache, filled, keys, across)
+        elif not self._keeps_to_itself(places):
+            keys = keys.gathered(across, across.seq)
         out = _over_one_batch_axis(
             attention,
             q,
-            k,
-            v,
+            keys.k,
+            keys.v,
             places,
-            keys,
+            keys.places,
             chunk_size=self.chunk_size,
             scale=self.q_proj.shape[1] ** -0.5,
             dropout=self.dropout,
-            key=key,
+            split=split,
+            key=own_key(key, (*across.tokens, *across.heads)),
         )
-        out = jnp.swapaxes(out, -2, -3)
-        return unproject(out, self.o_proj, self.o_bias), cache
+        out = leave(unproject(jnp.swapaxes(out, -2, -3), self.o_proj, None), across.heads)
+        return out if self.o_bias is None else out + self.o_bias, cache
+
+    def _keeps_to_itself(self, places: Places) -> bool:
+        """Whether no token sees one of another device, if each has a part of the sequence."""
+        if self.chunk_size is None or not places.in_order:
+            return False
+        return places.positions.shape[-1] % self.chunk_size == 0
 
     def _recall(
-        self,
-        cache: LayerCache,
-        filled: Filled,
-        k: Float[Array, "*batch kv_heads seq head_dim"],
-        v: Float[Array, "*batch kv_heads seq head_dim"],
-        places: Places,
-    ) -> tuple[LayerCache, Array, Array, Places]:
-        """The new cache, and the keys and values to attend to."""
-        longer = cache.append(k, v, places, filled.after)
-        if self.chunk_size is None or k.shape[-2] == 1:
-            return longer, longer.k, longer.v, longer.places(filled.first, filled.after)
+        self, cache: LayerCache, filled: Filled, new: Keys, across: Across
+    ) -> tuple[LayerCache, Keys, Axes]:
+        """The new cache, and the keys to attend to with the mesh axes along which they are cut."""
+        new = new.gathered(across, across.seq, shared=True)
+        longer = cache.append(new, filled.after, across.slots)
+        single = new.k.shape[-2] == 1
+        if self.chunk_size is None or single:
+            held = longer.keys(filled.first, filled.after, across.slots)
+            if single:
+                return longer, held, across.slots
+            return longer, held.gathered(across, across.slots), ()
         # Several tokens may cross a chunk's edge and overwrite keys that the earlier of them
         # still need: attend to the old ring and the new tokens instead.
-        old = cache.places(filled.first, filled.before)
-        keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), old, places)
-        k, v = (jnp.concatenate([past, new], axis=-2) for past, new in ((cache.k, k), (cache.v, v)))
-        return longer, k, v, keys
+        old = cache.keys(filled.first, filled.before, across.slots)
+        return longer, old.gathered(across, across.slots).followed_by(new), ()
 
 
 def _over_one_batch_axis(function, q, k, v, queries, keys, **options):

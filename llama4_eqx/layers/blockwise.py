@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from llama4_eqx.layers.across import Axes, alike, leave
 from llama4_eqx.layers.mask import Places, visible
 from llama4_eqx.layers.remat import kept
 
@@ -33,18 +34,19 @@ def attention(
     chunk_size: int | None,
     scale: float,
     dropout: float = 0.0,
+    split: Axes = (),
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """Softmax attention of each query over the keys that it sees; zeros where it sees none.
 
     Equal runs of query heads share a key head (grouped-query attention). Scores and softmax are
-    in float32. `dropout` drops single probabilities, and only if there is a `key`.
+    in float32. `dropout` drops single probabilities, and only if there is a `key`. Inside
+    `jax.shard_map`, the devices along mesh axes `split` may each have a part of the keys.
     """
-    small = q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2
-    form = dense_attention if small else blockwise_attention
-    return form(
-        q, k, v, queries, keys, chunk_size=chunk_size, scale=scale, dropout=dropout, key=key
-    )
+    settings = {"chunk_size": chunk_size, "scale": scale, "dropout": dropout, "key": key}
+    if split or q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2:
+        return dense_attention(q, k, v, queries, keys, split=split, **settings)
+    return blockwise_attention(*alike(q, k, v, queries, keys), **settings)
 
 
 def dense_attention(
@@ -57,6 +59,7 @@ def dense_attention(
     chunk_size: int | None,
     scale: float,
     dropout: float = 0.0,
+    split: Axes = (),
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """`attention` in one piece: the faster form of small problems, and the oracle of the other
@@ -65,10 +68,11 @@ def dense_attention(
     rows, row_places = _fold(q, queries, k.shape[1])
     scores = _scores(settings, rows, k, row_places, keys)
     top = lax.stop_gradient(scores.max(-1, keepdims=True, initial=LOWEST))
+    top = lax.pmax(top, split) if split else top
     weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
+    total = leave(weights.sum(-1, keepdims=True), split)
     kept = _drop(settings, weights, key, 0, 0).astype(v.dtype)
-    out = _product("bkrs,bksd->bkrd", kept, v) / jnp.where(total == 0, 1, total)
+    out = leave(_product("bkrs,bksd->bkrd", kept, v), split) / jnp.where(total == 0, 1, total)
     return _unfold(out.astype(q.dtype), q.shape[1])
 
 
@@ -226,8 +230,8 @@ def _forward(settings, q, k, v, queries, keys, key):
             out = out * shrink + _product("bkrs,bksd->bkrd", kept, v[j])
             return out, new_top, total
 
-        zeros = jnp.zeros((*q_i.shape[:-1], 1), jnp.float32)
-        start = jnp.zeros(q_i.shape, jnp.float32), zeros + LOWEST, zeros
+        zeros = jnp.zeros_like(q_i[..., :1], jnp.float32)
+        start = jnp.zeros_like(q_i, jnp.float32), zeros + LOWEST, zeros
         out, top, total = lax.fori_loop(0, count, visit, start)
         total = jnp.where(total == 0, 1, total)
         return (out / total).astype(q.dtype), top + jnp.log(total)
@@ -259,7 +263,7 @@ def _backward(residuals, d_out):
             d_v = d_v.at[j].add(_product("bkrs,bkrd->bkds", kept, d_out_i))
             return d_q_i, d_k, d_v
 
-        start = jnp.zeros(q_i.shape, jnp.float32), *d_kv
+        start = jnp.zeros_like(q_i, jnp.float32), *d_kv
         d_q_i, *d_kv = lax.fori_loop(0, count, visit, start)
         return tuple(d_kv), d_q_i.astype(q.dtype)
 

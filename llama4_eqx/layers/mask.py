@@ -8,10 +8,13 @@ from jaxtyping import Array, Bool, Int
 
 class Places(eqx.Module):
     """Where each token stands: its position in its own document and which document that is;
-    padding and empty cache slots are in document -1, which nobody sees."""
+    padding and empty cache slots are in document -1, which nobody sees.
+
+    `in_order` says that a row is known, while tracing, to be one document from position 0 on."""
 
     positions: Int[Array, "*batch seq"]
     segments: Int[Array, "*batch seq"]
+    in_order: bool = eqx.field(static=True, default=False)
 
 
 def visible(
@@ -58,4 +61,5 @@ def places(
     return Places(
         positions=jnp.where(real, positions, 0).astype(jnp.int32),
         segments=jnp.where(real, segments, -1),
+        in_order=all(given is None for given in (mask, segment_ids, positions, start)),
     )

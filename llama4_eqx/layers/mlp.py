@@ -6,6 +6,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from llama4_eqx.layers.across import ALONE, Across, enter, leave
 from llama4_eqx.layers.linear import linear
 
 
@@ -25,6 +26,9 @@ class MLP(eqx.Module):
         self.up_proj = init(up_key, (ff, hidden), dtype)
         self.down_proj = init(down_key, (hidden, ff), dtype)
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, across: Across = ALONE
+    ) -> Float[Array, "*batch hidden"]:
+        x = enter(x, across.ff)
         gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
-        return linear(jax.nn.silu(gate) * up, self.down_proj)
+        return leave(linear(jax.nn.silu(gate) * up, self.down_proj), across.ff)

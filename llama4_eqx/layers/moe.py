@@ -7,7 +7,8 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.grouped import grouped_mlp
+from llama4_eqx.layers.across import ALONE, Across
+from llama4_eqx.layers.dispatch import dispatched
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP
 
@@ -34,9 +35,17 @@ class Experts(eqx.Module):
         self.down_proj = init(down_key, (experts, ff, hidden), dtype)
 
     def __call__(
-        self, rows: Float[Array, "tokens hidden"], group_sizes: Int[Array, "experts"]
-    ) -> Float[Array, "tokens hidden"]:
-        return grouped_mlp(rows, self.gate_up_proj, self.down_proj, group_sizes)
+        self,
+        x: Float[Array, "*batch hidden"],
+        scores: Float[Array, "*batch top_k"],
+        chosen: Int[Array, "*batch top_k"],
+        *,
+        across: Across = ALONE,
+    ) -> Float[Array, "*batch hidden"]:
+        """`Σ_k expert_k(score_k · x)`, of each token's `chosen` experts."""
+        rows, scores, chosen = (t.reshape(-1, t.shape[-1]) for t in (x, scores, chosen))
+        out = dispatched(rows, scores, chosen, self.gate_up_proj, self.down_proj, across)
+        return out.reshape(x.shape)
 
 
 class MoE(eqx.Module):
@@ -74,21 +83,17 @@ class MoE(eqx.Module):
         self.top_k = top_k
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"]
+        self, x: Float[Array, "*batch hidden"], *, across: Across = ALONE
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
         """The layer's output, and the router's logits."""
-        logits = linear(x, self.router)
-        top_logits, chosen = choose_experts(logits, self.top_k, self.selection_bias)
+        router, bias = self.router, self.selection_bias
+        router = across.gathered(router, across.experts, axis=0)
+        bias = None if bias is None else across.gathered(bias, across.experts, axis=0)
+        logits = linear(x, router)
+        top_logits, chosen = choose_experts(logits, self.top_k, bias)
         scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
-        scaled = x[..., None, :] * scores[..., None]  # "*batch top_k hidden"
-
-        expert_of_row = chosen.reshape(-1)
-        order = jnp.argsort(expert_of_row)
-        group_sizes = jnp.bincount(expert_of_row, length=self.router.shape[0])
-        sorted_rows = scaled.reshape(-1, x.shape[-1]).at[order].get(unique_indices=True)
-        sorted_out = self.experts(sorted_rows, group_sizes)
-        routed = jnp.zeros_like(sorted_out).at[order].set(sorted_out, unique_indices=True)
-        return self.shared_expert(x) + routed.reshape(scaled.shape).sum(-2), logits
+        routed = self.experts(x, scores, chosen, across=across)
+        return self.shared_expert(x, across=across) + routed, logits
 
 
 def choose_experts(
