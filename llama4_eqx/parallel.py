@@ -107,7 +107,7 @@ class MeshParallel(eqx.Module):
             ring = P(*lead[:-1], across.heads or None, across.slots or None, None)
             stack = jax.tree.map(lambda _: P(None, *ring), cache.blocks)
             tail = jax.tree.map(lambda _: ring, cache.tail)
-            rows = P(*lead[:-1])
+            rows: Any = P(*lead[:-1])
             return KVCache(stack, tail, rows, rows, cache.capacity)
 
         cached = None if cache is None else cache_specs(cache)
@@ -155,7 +155,7 @@ class MeshParallel(eqx.Module):
     def images(
         self,
         encode: Callable[..., Float[Array, "tiles image_tokens hidden"]],
-        parameters: T,
+        parameters: Any,
         pixel_values: Float[Array, "tiles channels height width"],
     ) -> Float[Array, "tiles image_tokens hidden"]:
         """Each device encodes some of the tiles, with all of the encoder; all get all features."""

@@ -31,18 +31,18 @@ def dispatched(
     too.
     """
     exchange = bool(across.experts) and set(across.experts) <= set(across.tokens)
-    x, scores, chosen, *weights = alike(x, scores, chosen, gate_up_proj, down_proj)
+    x, scores, chosen, gate_up_proj, down_proj = alike(x, scores, chosen, gate_up_proj, down_proj)
     rows = (x[:, None] * scores[..., None]).reshape(-1, x.shape[-1])
     expert_of_row = chosen.reshape(-1)
     if exchange:
-        out = _exchanged(rows, expert_of_row, *weights, across.experts)
+        out = _exchanged(rows, expert_of_row, gate_up_proj, down_proj, across.experts)
     else:
         if across.experts:
             experts = len(gate_up_proj)
             expert_of_row -= lax.axis_index(across.experts) * experts
             here = (expert_of_row >= 0) & (expert_of_row < experts)
             expert_of_row = jnp.where(here, expert_of_row, experts)
-        out = _through_experts(rows, expert_of_row, *weights)
+        out = _through_experts(rows, expert_of_row, gate_up_proj, down_proj)
     out = out.reshape(*chosen.shape, -1).sum(-2)
     return leave(out, across.ff if exchange else (*across.experts, *across.ff))
 
@@ -140,7 +140,7 @@ def _later_rounds_backward(residuals, d_out):
     rounds, *inputs, route = residuals
 
     def visit(number, gradients):
-        _, vjp = jax.vjp(lambda *inputs: _round(number, *inputs, route), *inputs)
+        _, vjp = jax.vjp(lambda *x: _round(number, *x, route=route), *inputs)
         return jax.tree.map(jnp.add, gradients, vjp(d_out))
 
     gradients = lax.fori_loop(1, rounds, visit, tuple(jnp.zeros_like(x) for x in inputs))
