@@ -88,13 +88,26 @@ VISION_LAYER = _table("""
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its name and shape there, and where in the model it lies:
-    in which leaf (counted as `jax.tree.leaves` does), and in which layer of a stacked one."""
+    """One tensor of a checkpoint: its name and axes there, and where in the model it lies:
+    in which leaf (counted as `jax.tree.leaves` does), and in which layer of a stacked one.
+
+    `axes` has for each axis the sizes of those of the leaf's that are joined in it.
+    """
 
     name: str
-    shape: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
     leaf: int
     stack_index: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the checkpoint."""
+        return tuple(math.prod(joined) for joined in self.axes)
+
+    @property
+    def shape_in_leaf(self) -> tuple[int, ...]:
+        """That of the leaf, or of its layer."""
+        return tuple(size for joined in self.axes for size in joined)
 
 
 def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:
@@ -152,8 +165,8 @@ def _tensors_of_leaf(
     return stacked(layers, range(number, in_stack, cycle), row)
 
 
-def _joined(sizes: tuple[int, ...], axes: str) -> tuple[int, ...]:
-    """The sizes with those in parentheses multiplied: 4, 8, 5 by `(a b) c` gives 32, 5."""
+def _joined(sizes: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], ...]:
+    """The sizes as those in parentheses are joined: 4, 8, 5 by `(a b) c` gives (4, 8), (5,)."""
     rest = list(sizes)
     groups = [len(group.split()) for group in re.findall(r"\([^)]*\)|\S+", axes)]
-    return tuple(math.prod(rest.pop(0) for _ in range(group)) for group in groups)
+    return tuple(tuple(rest.pop(0) for _ in range(group)) for group in groups)

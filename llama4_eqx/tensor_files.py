@@ -1,0 +1,208 @@
+"""Safetensors files: read slice by slice, and written by several processes, each its own part."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in DTYPES.items()}
+Index = tuple[slice, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that doesn't fit its config, or is damaged; lists everything that is wrong."""
+
+
+def cannot_load(folder: Path, problems: list[str]) -> CheckpointError:
+    """One error with all the problems."""
+    lines = "\n".join(f"- {problem}" for problem in sorted(problems))
+    return CheckpointError(f"The checkpoint in {folder} can't be loaded:\n{lines}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where a tensor is, and what its file says of it; `dtype` is safetensors' word."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(folder: Path, selected: Callable[[str], bool]) -> dict[str, Header]:
+    """The selected tensors in the folder, by name, from the files' headers.
+
+    Raises `CheckpointError` with every missing or damaged file, and `FileNotFoundError` where there
+    are no weights at all.
+    """
+    index, problems = folder / INDEX, []
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again.") from error
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map, files = {}, [SINGLE]
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+    found = {}
+    for name in files:
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            problems.append(f"file {name} is missing")
+            continue
+        try:
+            with safe_open(path, framework="numpy") as source:
+                for tensor in source.keys():  # noqa: SIM118 (not a dict)
+                    if tensor in found:
+                        problems.append(f"{tensor} is in both {found[tensor].file.name} and {name}")
+                    view = source.get_slice(tensor)
+                    found[tensor] = Header(path, tuple(view.get_shape()), view.get_dtype())
+        except SafetensorError as error:
+            problems.append(f"file {name} is truncated or damaged ({error})")
+    problems += [
+        f"{tensor} is not in {name}, where the index says it is"
+        for tensor, name in weight_map.items()
+        if tensor not in found and not any(name in problem for problem in problems)
+    ]
+    if problems:
+        raise cannot_load(folder, problems)
+    return {name: header for name, header in found.items() if selected(name)}
+
+
+def reader(view: Any, axes: Sequence[tuple[int, ...]]) -> Callable[[Any], np.ndarray]:
+    """A function that reads a part of one tensor, and each part once.
+
+    `view` is what `get_slice` gives. `axes` has, for each axis of the tensor, the sizes of the axes
+    of the leaf that are joined in it; the part is told and given in the leaf's axes.
+    """
+    sizes = tuple(size for joined in axes for size in joined)
+
+    @cache
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        rest = [slice(*bound) for bound in bounds]
+        runs = [_runs(joined, [rest.pop(0) for _ in joined]) for joined in axes]
+        return _joined(view, runs).reshape([stop - start for start, stop in bounds])
+
+    def part(index: Index) -> np.ndarray:
+        bounds = (at.indices(size)[:2] for at, size in zip(index, sizes, strict=True))
+        return read(tuple(bounds))
+
+    return part
+
+
+def _runs(sizes: tuple[int, ...], index: Sequence[slice]) -> list[slice]:
+    """The contiguous runs of a part of some axes, when they are joined to one."""
+    places = np.arange(math.prod(sizes)).reshape(sizes)[tuple(index)].ravel()
+    ends = np.flatnonzero(np.diff(places) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(places, ends)]
+
+
+def _joined(view: Any, runs: list[list[slice]], fixed: Index = ()) -> np.ndarray:
+    axis = len(fixed)
+    if axis == len(runs):
+        return view[fixed]
+    parts = [_joined(view, runs, (*fixed, run)) for run in runs[axis]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def file_header(entries: list[Entry]) -> tuple[bytes, list[int]]:
+    """The first bytes of a file that holds the tensors in this order, and where each starts in it.
+
+    Raises a `ValueError` for a dtype that `load_checkpoint` doesn't read.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = np.cumsum([0, *(entry.size for entry in entries)]).tolist()
+    for entry, start, end in zip(entries, ends[:-1], ends[1:], strict=True):
+        if entry.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{entry.name} is {entry.dtype}, but must be one of "
+                f"{', '.join(dtype.name for dtype in _DTYPE_NAMES)}: cast the model before saving."
+            )
+        dtype, shape = _DTYPE_NAMES[entry.dtype], entry.shape
+        content[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [len(header) + start for start in ends[:-1]]
+
+
+def create_file(path: Path, header: bytes, size: int) -> None:
+    """A file with its header, and with room for the rest of its `size` in bytes.
+
+    Raises an `OSError` where the disk hasn't that much.
+    """
+    with path.open("xb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+        file.write(header)
+
+
+def parts(leaf: Any) -> list[tuple[Index, Any]]:
+    """The parts of an array that this process is to write, as `(index, part)`: each is on one
+    device, and all processes together have each part once."""
+    if isinstance(leaf, jax.Array):
+        return [(s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
+    return [((slice(None),) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
+
+
+def layer_parts(leaf: Any, layer: int | None) -> list[tuple[Index, np.ndarray]]:
+    """`parts` of one layer of a stacked leaf, on the host; of the whole leaf where it is None."""
+    if layer is None:
+        return [(index, np.asarray(part)) for index, part in parts(leaf)]
+    found = []
+    for (layers, *index), part in parts(leaf):
+        start, stop, _ = layers.indices(leaf.shape[0])
+        if start <= layer < stop:
+            found.append((tuple(index), np.asarray(part[layer - start])))
+    return found
+
+
+def write_part(
+    file: BufferedIOBase, start: int, shape: tuple[int, ...], index: Index, part: np.ndarray
+) -> None:
+    """Writes a part of a tensor of the shape that starts there in the file.
+
+    It only writes bytes of the part, and reads none: so processes on several machines can write one
+    file of a network's disk, which a memory map can't do.
+    """
+    cut = [axis for axis, size in enumerate(part.shape) if size != shape[axis]]
+    axis = cut[-1] if cut else 0
+    begins = [at.indices(size)[0] for at, size in zip(index, shape, strict=True)]
+    outer = [
+        begin + np.arange(size) for begin, size in zip(begins, part.shape[:axis], strict=False)
+    ]
+    rows = np.ravel_multi_index(np.ix_(*outer, [begins[axis]]), shape[: axis + 1]).ravel()
+    content = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(len(rows), -1)
+    step = math.prod(shape[axis + 1 :]) * part.dtype.itemsize
+    for row, run in zip(rows.tolist(), content, strict=True):
+        file.seek(start + row * step)
+        file.write(run.data)
