@@ -34,7 +34,7 @@ from llama4_eqx.tensor_files import (
     cannot_load,
     create_file,
     file_header,
-    layer_parts,
+    parts,
     read_headers,
     reader,
     write_part,
@@ -271,7 +271,7 @@ def _write(model: Llama4, files: list[_File], folder: Path) -> None:
     for planned in files:
         with (folder / planned.name).open("r+b") as file:
             for tensor, start in planned.starts:
-                for index, part in layer_parts(leaves[tensor.leaf], tensor.stack_index):
+                for index, part in parts(leaves[tensor.leaf], tensor.stack_index):
                     write_part(file, start, tensor.shape_in_leaf, index, part)
             file.flush()
             os.fsync(file.fileno())

@@ -166,41 +166,52 @@ def create_file(path: Path, header: bytes, size: int) -> None:
         file.write(header)
 
 
-def parts(leaf: Any) -> list[tuple[Index, Any]]:
-    """The parts of an array that this process is to write, as `(index, part)`: each is on one
-    device, and all processes together have each part once."""
+def parts(leaf: Any, layer: int | None) -> list[tuple[Index, np.ndarray]]:
+    """The parts of an array, or of one layer of a stacked one, that this process is to write, as
+    `(index, part)`: all processes together have every number once."""
+    found = []
+    for index, part in _shards(leaf):
+        index = tuple(slice(*at.indices(size)) for at, size in zip(index, leaf.shape, strict=True))
+        if layer is None:
+            found.append((index, np.asarray(part)))
+        elif index[0].start <= layer < index[0].stop:
+            found.append((index[1:], np.asarray(part[layer - index[0].start])))
+    return _merged(found)
+
+
+def _shards(leaf: Any) -> list[tuple[Index, Any]]:
     if isinstance(leaf, jax.Array):
         return [(s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
     return [((slice(None),) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
 
 
-def layer_parts(leaf: Any, layer: int | None) -> list[tuple[Index, np.ndarray]]:
-    """`parts` of one layer of a stacked leaf, on the host; of the whole leaf where it is None."""
-    if layer is None:
-        return [(index, np.asarray(part)) for index, part in parts(leaf)]
-    found = []
-    for (layers, *index), part in parts(leaf):
-        start, stop, _ = layers.indices(leaf.shape[0])
-        if start <= layer < stop:
-            found.append((tuple(index), np.asarray(part[layer - start])))
-    return found
+def _merged(found: list[tuple[Index, np.ndarray]]) -> list[tuple[Index, np.ndarray]]:
+    """As one part where they fill a box: its rows are longer, so that fewer have to be written."""
+    if len(found) < 2:
+        return found
+    starts = np.array([[at.start for at in index] for index, _ in found])
+    stops = np.array([[at.stop for at in index] for index, _ in found])
+    first, last = starts.min(0), stops.max(0)
+    if math.prod(last - first) != sum(part.size for _, part in found):
+        return found
+    box = np.empty(last - first, found[0][1].dtype)
+    for start, stop, (_, part) in zip(starts - first, stops - first, found, strict=True):
+        box[tuple(map(slice, start, stop))] = part
+    return [(tuple(map(slice, first.tolist(), last.tolist())), box)]
 
 
 def write_part(
     file: BufferedIOBase, start: int, shape: tuple[int, ...], index: Index, part: np.ndarray
 ) -> None:
-    """Writes a part of a tensor of the shape that starts there in the file.
+    """Writes one of the `parts` of an array of the shape that starts there in the file.
 
     It only writes bytes of the part, and reads none: so processes on several machines can write one
     file of a network's disk, which a memory map can't do.
     """
     cut = [axis for axis, size in enumerate(part.shape) if size != shape[axis]]
     axis = cut[-1] if cut else 0
-    begins = [at.indices(size)[0] for at, size in zip(index, shape, strict=True)]
-    outer = [
-        begin + np.arange(size) for begin, size in zip(begins, part.shape[:axis], strict=False)
-    ]
-    rows = np.ravel_multi_index(np.ix_(*outer, [begins[axis]]), shape[: axis + 1]).ravel()
+    outer = [np.arange(at.start, at.stop) for at in index[:axis]]
+    rows = np.ravel_multi_index(np.ix_(*outer, [index[axis].start]), shape[: axis + 1]).ravel()
     content = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(len(rows), -1)
     step = math.prod(shape[axis + 1 :]) * part.dtype.itemsize
     for row, run in zip(rows.tolist(), content, strict=True):
