@@ -23,7 +23,7 @@ from safetensors import safe_open
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.model import Llama4
 from llama4_eqx.processes import gathered, together
-from llama4_eqx.sharding import Rules, shardings
+from llama4_eqx.sharding import Rules, on_mesh, shardings
 from llama4_eqx.tensor_files import (
     DTYPES,
     INDEX,
@@ -63,8 +63,9 @@ def load_checkpoint(
     `dtype` is that of the parameters: the file's own where None (on a CPU, float32 is faster).
     `progress` shows a bar (needs tqdm); None shows it where stderr is a terminal.
 
-    With a mesh and rules, the leaves lie where `shardings` says, and each process reads only what
-    its devices hold. With several processes, each must make the same call.
+    With a mesh and rules, the leaves lie where `shardings` says, the model works on the mesh, and
+    each process reads only what its devices hold. With several processes, each must make the same
+    call.
 
     Raises `CheckpointError` with every missing, surplus, misshapen or damaged tensor before
     anything is loaded, and `ValueError` for a mesh without rules or rules that don't fit it.
@@ -109,7 +110,8 @@ def load_checkpoint(
                 leaves[i] = jnp.zeros(shaped[i].shape, dtypes[i], device=place)
             put = jax.jit(_put, donate_argnums=0, out_shardings=place)
             leaves[i] = put(leaves[i], layer, value)
-    return jax.tree.unflatten(structure, leaves)
+    model = jax.tree.unflatten(structure, leaves)
+    return model if mesh is None or rules is None else on_mesh(model, mesh, rules)
 
 
 def save_checkpoint(

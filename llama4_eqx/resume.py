@@ -19,9 +19,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llama4_eqx.checkpoint import CheckpointError
+from llama4_eqx.processes import gathered
 from llama4_eqx.sums import damage, write_sums
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class RunCheckpoints:
         arrays = {name: leaf for name, leaf in _named(state) if eqx.is_array(leaf)}
         leaves = {name: _shape(leaf) for name, leaf in arrays.items()}
         position = None if data is None else _encoded(data.get_state())
-        run = {"leaves": leaves, "data": _gathered(position)}
+        run = {"leaves": leaves, "data": gathered(position)}
         # Orbax takes no empty arrays.
         stored = {name: _raw(leaf) for name, leaf in arrays.items() if leaf.size}
         try:
@@ -107,7 +107,7 @@ class RunCheckpoints:
         `CheckpointError` where none is good, or where the good one doesn't fit `like` or `data`.
         """
         self.wait()
-        step, damaged = _gathered(self._newest_good() if jax.process_index() == 0 else None)[0]
+        step, damaged = gathered(self._newest_good() if jax.process_index() == 0 else None)[0]
         if step is None and damaged:
             lines = "\n".join(f"- step {number}: {why}" for number, why in damaged)
             raise CheckpointError(f"All checkpoints in {self._folder} are damaged:\n{lines}")
@@ -154,7 +154,7 @@ class RunCheckpoints:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for step in self._damaged:
                     shutil.rmtree(self._folder / str(step), ignore_errors=True)
-            _gathered(None)  # nobody goes on before
+            gathered(None)  # nobody goes on before
             self._damaged = []
             ocp = self._orbax
             options = ocp.CheckpointManagerOptions(
@@ -294,13 +294,3 @@ def _encoded(state: Any) -> dict[str, Any]:
 
 def _decoded(state: dict[str, Any]) -> Any:
     return base64.b64decode(state["base64"]) if "base64" in state else state["json"]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """What each process has to tell, on all of them."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = np.max(multihost_utils.process_allgather(np.int32(len(text))))
-    padded = np.pad(text, (0, size - len(text)), constant_values=ord(" "))
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
