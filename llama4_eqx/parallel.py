@@ -57,7 +57,7 @@ class MeshParallel(eqx.Module):
         across = self._across(lead)
         vocab, hidden = self._axes("vocab"), self._axes("hidden")
         columns = hidden if set(hidden) <= set(across.tokens) else ()
-        rows = () if set(vocab) & set(across.tokens) else vocab
+        rows = self._vocab_shares(across)
 
         def local(table, tokens):
             table = enter(table, across.tokens)
@@ -107,8 +107,8 @@ class MeshParallel(eqx.Module):
             ring = P(*lead[:-1], across.heads or None, across.slots or None, None)
             stack = jax.tree.map(lambda _: P(None, *ring), cache.blocks)
             tail = jax.tree.map(lambda _: ring, cache.tail)
-            rows: Any = P(*lead[:-1])
-            return KVCache(stack, tail, rows, rows, cache.capacity)
+            new = stack, tail, P(*lead[:-1]), P(*lead[:-1])
+            return eqx.tree_at(lambda c: (c.blocks, c.tail, c.start, c.length), cache, new)
 
         cached = None if cache is None else cache_specs(cache)
         tokens = P(*lead, None)
@@ -122,7 +122,7 @@ class MeshParallel(eqx.Module):
         """Logits. Each device has those of its part of the vocabulary."""
         lead = self._token_axes(hidden.shape[:-1])
         across = self._across(lead)
-        rows = () if set(self._axes("vocab")) & set(across.tokens) else self._axes("vocab")
+        rows = self._vocab_shares(across)
 
         def local(hidden, head):
             return linear(enter(hidden, rows), self._head(head, across, rows))
@@ -142,7 +142,7 @@ class MeshParallel(eqx.Module):
         vocabulary is cut last."""
         lead = self._token_axes(labels.shape)
         across = self._across(lead)
-        rows = () if set(self._axes("vocab")) & set(across.tokens) else self._axes("vocab")
+        rows = self._vocab_shares(across)
 
         def local(hidden, labels, weights, head):
             head = self._head(head, across, rows)
@@ -173,8 +173,11 @@ class MeshParallel(eqx.Module):
 
     def _fitting(self, word: str, size: int) -> Axes:
         """The axes for a word, or those first ones of them among which the size can be shared."""
-        axes = self._axes(word)
-        while size % math.prod(self.mesh.shape[axis] for axis in axes):
+        axes, experts = self._axes(word), set(self._axes("experts"))
+        # Experts get tokens either of all devices along their axes or of none.
+        while size % math.prod(self.mesh.shape[axis] for axis in axes) or (
+            0 < len(experts & set(axes)) < len(experts)
+        ):
             axes = axes[:-1]
         return axes
 
@@ -214,6 +217,11 @@ class MeshParallel(eqx.Module):
             return P(*(one or None for one in axes))
 
         return jax.tree_util.tree_map_with_path(spec, eqx.filter(module, eqx.is_array))
+
+    def _vocab_shares(self, across: Across) -> Axes:
+        """The axes along which each device has its own part of the vocabulary to compute."""
+        axes = self._axes("vocab")
+        return () if set(axes) & set(across.tokens) else axes
 
     def _head_spec(self) -> P:
         return P(self._axes("vocab") or None, self._axes("hidden") or None)

@@ -37,8 +37,11 @@ TENSOR: Rules = {
     "vision_ff": "tensor",
     "vocab": "tensor",
 }
-# Each device has some experts.
+# Each device has some experts. All along the axis have the same tokens, and sum what their experts
+# say; with `EXPERT | {"batch": "expert"}` they have tokens of their own, and exchange them.
 EXPERT: Rules = {"experts": "expert"}
+# Each device has a part of every sequence, and of the slots of a cache.
+CONTEXT: Rules = {"seq": "context", "slots": "context"}
 
 
 def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
@@ -97,7 +100,21 @@ def born_sharded(make: Callable[[], T], mesh: Mesh, rules: Rules) -> T:
 
 
 def on_mesh(tree: T, mesh: Mesh, rules: Rules) -> T:
-    """The tree with its models, of arrays or of shapes, at work on the mesh; arrays stay."""
+    """The tree with its models, of arrays or of shapes, at work on the mesh; arrays stay.
+
+    Raises a `ValueError` for a mesh axis that isn't there, and where only some of the experts' axes
+    cut the tokens.
+    """
+    for word in rules:
+        if unknown := [axis for axis in _mesh_axes(rules, word) if axis not in mesh.shape]:
+            there = ", ".join(mesh.shape)
+            raise ValueError(f"{word} is to lie along {unknown[0]}, but the mesh has {there}.")
+    experts, batch = set(_mesh_axes(rules, "experts")), set(_mesh_axes(rules, "batch"))
+    if not experts <= batch and experts & {*batch, *_mesh_axes(rules, "seq")}:
+        raise ValueError(
+            f"experts lie along {', '.join(sorted(experts))}, of which some cut the tokens, but "
+            "not all cut the batch: let all of them cut the batch, or none."
+        )
     parallel = MeshParallel(mesh, tuple((word, _mesh_axes(rules, word)) for word in rules))
 
     def tell(node: Any) -> Any:

@@ -10,19 +10,33 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import llama4_eqx as l4
+from llama4_eqx.layers.across import Across
+from llama4_eqx.layers.dispatch import dispatched
 from llama4_eqx.losses import next_token_loss
-from llama4_eqx.sharding import DATA, EXPERT, FSDP, TENSOR, batch_sharding, shard, shardings
+from llama4_eqx.sharding import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    FSDP,
+    TENSOR,
+    batch_sharding,
+    born_sharded,
+    shard,
+    shardings,
+)
 from llama4_eqx.train import init_train_state, make_train_step
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
 TOLERANCE = 1e-5
 # A scanned cycle of a chunk-local and a global layer: quick to compile.
 SMALL = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
+EXCHANGE = EXPERT | {"batch": ("fsdp", "expert")}
 PRESETS = {
     "data": ({"data": 8}, DATA),
     "fsdp-expert": ({"fsdp": 2, "expert": 4}, FSDP | EXPERT),
     "fsdp-tensor": ({"fsdp": 4, "tensor": 2}, FSDP | TENSOR),
-    "data-fsdp": ({"data": 2, "fsdp": 4}, FSDP | {"batch": ("data", "fsdp")}),
+    "exchange": ({"fsdp": 2, "expert": 2, "tensor": 2}, FSDP | TENSOR | EXCHANGE),
+    "context": ({"data": 2, "tensor": 2, "context": 2}, DATA | TENSOR | CONTEXT),
 }
 
 
@@ -55,8 +69,9 @@ def truth():
 
 
 @pytest.mark.parametrize(("sizes", "rules"), PRESETS.values(), ids=list(PRESETS))
-def test_sharded_is_whole(truth, sizes, rules):
-    """Logits, losses and weights after two steps; and every array stays where it was put."""
+def test_sharded_is_whole(truth, sizes, rules, capfd):
+    """Logits, losses and weights after two steps; and every array stays where it was put, without
+    the compiler's warning that it had to copy one whole."""
     mesh = make_mesh(sizes)
     model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
     tokens = jax.device_put(random_tokens(8, 40), batch_sharding(mesh, rules))
@@ -79,6 +94,63 @@ def test_sharded_is_whole(truth, sizes, rules):
         places,
     )
     assert all(jax.tree.leaves(kept))
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["exchange", "context"])
+def test_sharded_generation_is_whole(preset):
+    """Prompts of different lengths, over several chunks; then a prompt that can't be cut evenly,
+    and one row for many devices."""
+    model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    sizes, rules = PRESETS[preset]
+    sharded = shard(model, make_mesh(sizes), rules)
+    for rows, seq in ((8, 12), (1, 13)):
+        tokens = random_tokens(rows, seq)
+        mask = jnp.arange(seq) >= jnp.arange(rows)[:, None]
+        truth, new = (
+            l4.generate(one, tokens, mask=mask, max_new_tokens=20) for one in (model, sharded)
+        )
+        assert jnp.array_equal(new, truth)
+
+
+def test_born_sharded():
+    mesh, rules = make_mesh({"fsdp": 2, "expert": 4}), FSDP | EXPERT
+    model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    born = born_sharded(lambda: l4.Llama4(model.config, key=jax.random.key(0)), mesh, rules)
+    there = shard(model, mesh, rules)
+    assert jax.tree.structure(born) == jax.tree.structure(there)
+    for ours, theirs in zip(jax.tree.leaves(born), jax.tree.leaves(there), strict=True):
+        assert ours.sharding == theirs.sharding
+        assert relative_error(ours, theirs) < TOLERANCE
+    cache = born_sharded(lambda: born.empty_cache((8,), 32), mesh, rules)
+    assert cache.blocks[0].k.sharding.shard_shape(cache.blocks[0].k.shape)[1] == 4
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_exchange_drops_no_token(crowded):
+    """Also where all tokens of all devices want one expert, and one round isn't enough."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jax.random.normal(keys[0], (32, 16))
+    scores = jax.random.uniform(keys[1], (32, 2))
+    chosen = jax.random.randint(keys[2], (32, 2), 0, 1 if crowded else 8)
+    gate_up = jax.random.normal(keys[3], (8, 16, 2, 24))
+    down = jax.random.normal(keys[4], (8, 24, 16))
+    d_out = jax.random.normal(keys[5], (32, 16))
+
+    def run(across):
+        def local(x, scores, gate_up, down, chosen):
+            return dispatched(x, scores, chosen, gate_up, down, across)
+
+        return local
+
+    expert, mesh = PartitionSpec("expert"), make_mesh({"expert": 8})
+    across = Across(tokens=("expert",), experts=("expert",))
+    split = jax.shard_map(run(across), mesh=mesh, in_specs=expert, out_specs=expert)
+    results = []
+    for function in (run(Across()), split):
+        out, vjp = jax.vjp(jax.jit(function), x, scores, gate_up, down, chosen)
+        results.append((out, vjp(d_out)[:4]))
+    assert largest_difference(results[1], results[0]) < TOLERANCE
 
 
 def test_each_device_has_its_share():
@@ -123,3 +195,17 @@ def test_rules_that_do_not_fit(sizes, rules, sentence):
     model = eqx.filter_eval_shape(l4.Llama4, l4.Llama4Config(SMALL), key=jax.random.key(0))
     with pytest.raises(ValueError, match=sentence):
         shardings(model, make_mesh(sizes), rules)
+
+
+def test_experts_get_tokens_of_all_their_devices_or_of_none():
+    model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    mesh = make_mesh({"x": 2, "y": 2})
+    with pytest.raises(ValueError, match="experts lie along x, y, of which some cut the tokens"):
+        shard(model, mesh, {"experts": ("x", "y"), "batch": "x"})
+    with pytest.raises(ValueError, match="batch is to lie along data, but the mesh has x, y"):
+        shard(model, mesh, DATA)
+    # A batch of two can be cut along x only.
+    tokens = random_tokens(2, 24)
+    sharded = shard(model, mesh, {"experts": ("x", "y"), "batch": ("x", "y")})
+    logits = [eqx.filter_jit(lambda m, t: m(t).logits)(m, tokens) for m in (model, sharded)]
+    assert relative_error(logits[1], logits[0]) < TOLERANCE
