@@ -10,7 +10,7 @@ The model then runs on the mesh as it does on one device: see `llama4_eqx.parall
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -25,23 +25,46 @@ from llama4_eqx.parallel import MeshParallel
 Rules = Mapping[str, str | tuple[str, ...] | None]
 T = TypeVar("T")
 
+
+class Preset(Mapping[str, tuple[str, ...]]):
+    """A table of rules. `a | b` has those of both: what both cut is cut along the axes of both.
+
+    To replace a rule, write a table of your own: `{**FSDP, "vision_hidden": None}`.
+    """
+
+    def __init__(self, **rules: str | tuple[str, ...] | None) -> None:
+        self._rules = rules
+
+    def __getitem__(self, word: str) -> tuple[str, ...]:
+        return _as_tuple(self._rules[word])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def __or__(self, other: Rules) -> "Preset":
+        axes = {w: (*_mesh_axes(self, w), *_mesh_axes(other, w)) for w in (*self, *other)}
+        return Preset(**{word: tuple(dict.fromkeys(names)) for word, names in axes.items()})
+
+    def __ror__(self, other: Rules) -> "Preset":
+        return Preset(**other) | self
+
+
 # Each device has all parameters and some rows of the batch.
-DATA: Rules = {"batch": "data"}
+DATA = Preset(batch="data")
 # Each device has some rows of the batch and a part of every matrix, which is gathered for use.
-FSDP: Rules = {"batch": "fsdp", "hidden": "fsdp", "vision_hidden": "fsdp"}
+FSDP = Preset(batch="fsdp", hidden="fsdp", vision_hidden="fsdp")
 # Each device has some heads and some of the inner features of feed-forward networks.
-TENSOR: Rules = {
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ff": "tensor",
-    "vision_ff": "tensor",
-    "vocab": "tensor",
-}
+TENSOR = Preset(heads="tensor", kv_heads="tensor", ff="tensor", vision_ff="tensor", vocab="tensor")
 # Each device has some experts. All along the axis have the same tokens, and sum what their experts
-# say; with `EXPERT | {"batch": "expert"}` they have tokens of their own, and exchange them.
-EXPERT: Rules = {"experts": "expert"}
+# say.
+EXPERT = Preset(experts="expert")
+# Each device has some experts and some rows of the batch; tokens are sent to their experts.
+EXCHANGE = Preset(experts="expert", batch="expert")
 # Each device has a part of every sequence, and of the slots of a cache.
-CONTEXT: Rules = {"seq": "context", "slots": "context"}
+CONTEXT = Preset(seq="context", slots="context")
 
 
 def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
@@ -88,15 +111,24 @@ def born_sharded(make: Callable[[], T], mesh: Mesh, rules: Rules) -> T:
     `make` takes nothing: `lambda: Llama4(config, key=key)`, or all of a `TrainState`, or
     `lambda: model.empty_cache((8,), 4096)`. Errors: as of `shardings`.
     """
-    shapes, rest = eqx.partition(
-        on_mesh(eqx.filter_eval_shape(make), mesh, rules),
-        lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
-    )
+    shapes, rest = eqx.partition(laid_out(make, mesh, rules), _is_shape)
 
     def arrays() -> Any:
         return eqx.filter(on_mesh(make(), mesh, rules), eqx.is_array)
 
-    return eqx.combine(jax.jit(arrays, out_shardings=shardings(shapes, mesh, rules))(), rest)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return eqx.combine(jax.jit(arrays, out_shardings=places)(), rest)
+
+
+def laid_out(make: Callable[[], T], mesh: Mesh, rules: Rules) -> T:
+    """What `born_sharded` would make, by shapes that know where they lie: to lower a program of
+    any size for any mesh. Errors: as of `shardings`."""
+    tree = on_mesh(eqx.filter_eval_shape(make), mesh, rules)
+
+    def lay(leaf: Any, place: NamedSharding | None) -> Any:
+        return leaf if place is None else leaf.update(sharding=place)
+
+    return jax.tree.map(lay, tree, shardings(tree, mesh, rules))
 
 
 def on_mesh(tree: T, mesh: Mesh, rules: Rules) -> T:
@@ -131,9 +163,16 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def _mesh_axes(rules: Rules, word: str) -> tuple[str, ...]:
-    axes = rules.get(word) or ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    return _as_tuple(rules.get(word))
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _problems(

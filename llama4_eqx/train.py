@@ -108,9 +108,15 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Report]:
         return self._jitted(batch, state)
 
-    def lower(self, state: TrainState, batch: PyTree) -> Any:
-        """As of `jax.jit`: arrays may be given by their shapes."""
-        return self._jitted.lower(batch, state)
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """As of `jax.jit`: arrays may be given by their shapes, with shardings of their own."""
+        arrays, rest = eqx.partition((state, batch), _is_array_or_shape)
+
+        def step(state: PyTree, batch: PyTree) -> PyTree:
+            state, batch = eqx.combine((state, batch), rest)
+            return eqx.filter(self._jitted.__wrapped__(batch, state), eqx.is_array)
+
+        return jax.jit(step, donate_argnums=0).lower(*arrays)
 
 
 def make_train_step(
@@ -187,6 +193,10 @@ def make_train_step(
         return TrainState(model, opt_state, average, state.step + 1, state.key), report
 
     return TrainStep(step)
+
+
+def _is_array_or_shape(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:

@@ -142,7 +142,7 @@ def test_memory_is_not_that_of_a_second_model():
         optimizer = optax.sgd(0.1)
         state = init_train_state(model, optimizer, key=jax.random.key(0), trainable=trainable)
         step = make_train_step(optimizer, loss, trainable=trainable)
-        return step.lower(state, tokens).compile().compiled.memory_analysis().temp_size_in_bytes
+        return step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes
 
     def whole_loss(model, tokens, key):
         return loss(model, tokens), jnp.float32(1), None

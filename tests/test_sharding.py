@@ -16,6 +16,7 @@ from llama4_eqx.losses import next_token_loss
 from llama4_eqx.sharding import (
     CONTEXT,
     DATA,
+    EXCHANGE,
     EXPERT,
     FSDP,
     TENSOR,
@@ -30,7 +31,6 @@ from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 TOLERANCE = 1e-5
 # A scanned cycle of a chunk-local and a global layer: quick to compile.
 SMALL = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
-EXCHANGE = EXPERT | {"batch": ("fsdp", "expert")}
 PRESETS = {
     "data": ({"data": 8}, DATA),
     "fsdp-expert": ({"fsdp": 2, "expert": 4}, FSDP | EXPERT),
@@ -195,6 +195,14 @@ def test_rules_that_do_not_fit(sizes, rules, sentence):
     model = eqx.filter_eval_shape(l4.Llama4, l4.Llama4Config(SMALL), key=jax.random.key(0))
     with pytest.raises(ValueError, match=sentence):
         shardings(model, make_mesh(sizes), rules)
+
+
+def test_presets_join():
+    joined = {"batch": "pod"} | DATA | FSDP | {"hidden": "data"}
+    assert joined["batch"] == ("pod", "data", "fsdp")
+    assert joined["hidden"] == ("fsdp", "data")
+    assert "experts" not in joined
+    assert {**FSDP, "hidden": None}["hidden"] is None
 
 
 def test_experts_get_tokens_of_all_their_devices_or_of_none():

@@ -164,7 +164,7 @@ def test_keeping_less_takes_less_memory():
 
     def temporaries(keep):
         step = make_train_step(optimizer, partial(loss_function, keep=keep))
-        return step.lower(state, batch).compile().compiled.memory_analysis().temp_size_in_bytes
+        return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
     nothing, products, everything = map(temporaries, ("nothing", "products", "everything"))
     assert nothing < 0.6 * products < 0.6 * everything

@@ -27,8 +27,8 @@ def dispatched(
 
     Inside `jax.shard_map` a device may have a part of the experts. If it has tokens of its own,
     they are exchanged (all-to-all); if all devices have the same tokens, each computes what falls
-    to its experts, and the results are summed. It may have a part of each expert's inner features,
-    too.
+    to its experts, and the results are summed. Of a part of each expert's inner features, a part of
+    each result comes out.
     """
     exchange = bool(across.experts) and set(across.experts) <= set(across.tokens)
     x, scores, chosen, gate_up_proj, down_proj = alike(x, scores, chosen, gate_up_proj, down_proj)
@@ -44,7 +44,7 @@ def dispatched(
             expert_of_row = jnp.where(here, expert_of_row, experts)
         out = _through_experts(rows, expert_of_row, gate_up_proj, down_proj)
     out = out.reshape(*chosen.shape, -1).sum(-2)
-    return leave(out, across.ff if exchange else (*across.experts, *across.ff))
+    return leave(out, () if exchange else across.experts)
 
 
 def _through_experts(

@@ -1,5 +1,7 @@
 """The mixture of experts: each token runs through its `top_k` experts and a shared one."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.across import ALONE, Across
+from llama4_eqx.layers.across import ALONE, Across, enter, leave
 from llama4_eqx.layers.dispatch import dispatched
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP
@@ -92,8 +94,10 @@ class MoE(eqx.Module):
         logits = linear(x, router)
         top_logits, chosen = choose_experts(logits, self.top_k, bias)
         scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
+        # Both kinds of expert may have but a part of their inner features: one sum serves for both.
+        x, ff, across = enter(x, across.ff), across.ff, replace(across, ff=())
         routed = self.experts(x, scores, chosen, across=across)
-        return self.shared_expert(x, across=across) + routed, logits
+        return leave(self.shared_expert(x, across=across) + routed, ff), logits
 
 
 def choose_experts(
