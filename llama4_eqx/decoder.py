@@ -215,15 +215,19 @@ class Decoder(eqx.Module):
             repeats = self.depth_of_stack
             keys = None if blocks_key is None else jax.random.split(blocks_key, repeats)
 
-            def step(x, repeat):
-                arrays, caches, key = repeat
+            # Caches are carried, and so changed in place; as the scan's results they'd be copied.
+            def step(carry, repeat):
+                (x, caches), (i, arrays, key) = carry, repeat
                 block = eqx.combine(arrays, static)
-                x, caches, logits = block(
-                    x, places, rotation, caches, filled, across=across, keep=keep, key=key
+                old = jax.tree.map(lambda all: all[i], caches)
+                x, new, logits = block(
+                    x, places, rotation, old, filled, across=across, keep=keep, key=key
                 )
-                return x, (caches, logits)
+                return (x, jax.tree.map(lambda all, one: all.at[i].set(one), caches, new)), logits
 
-            x, (caches, stacked_logits) = lax.scan(step, x, (arrays, caches, keys))
+            (x, caches), stacked_logits = lax.scan(
+                step, (x, caches), (jnp.arange(repeats), arrays, keys)
+            )
             if stacked_logits:
                 in_order = jnp.stack(stacked_logits, axis=1)
                 router_logits.append(in_order.reshape(-1, *in_order.shape[2:]))

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.axes import leaf_name
+from llama4_eqx.programs import lower
 
 # From a model, a batch and a key (for dropout) to the loss as a mean, what it is a mean over (how
 # many tokens, say), and whatever else is to be reported.
@@ -109,14 +110,8 @@ class TrainStep:
         return self._jitted(batch, state)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
-        """As of `jax.jit`: arrays may be given by their shapes, with shardings of their own."""
-        arrays, rest = eqx.partition((state, batch), _is_array_or_shape)
-
-        def step(state: PyTree, batch: PyTree) -> PyTree:
-            state, batch = eqx.combine((state, batch), rest)
-            return eqx.filter(self._jitted.__wrapped__(batch, state), eqx.is_array)
-
-        return jax.jit(step, donate_argnums=0).lower(*arrays)
+        """The step as a program: see `llama4_eqx.programs.lower`."""
+        return lower(self, state, batch, donate=0)
 
 
 def make_train_step(
@@ -193,10 +188,6 @@ def make_train_step(
         return TrainState(model, opt_state, average, state.step + 1, state.key), report
 
     return TrainStep(step)
-
-
-def _is_array_or_shape(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:

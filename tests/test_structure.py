@@ -21,7 +21,7 @@ from tests.toys import MULTIMODAL, TOYS
 
 PACKAGE = Path(l4.__file__).parent
 FLOORS = (
-    ("hf_config", "axes", "processes", "tensor_files", "traffic"),
+    ("hf_config", "axes", "processes", "tensor_files", "programs"),
     ("config", "sums"),
     ("layers",),
     ("projector", "decoder"),

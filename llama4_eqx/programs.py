@@ -1,14 +1,17 @@
-"""What the devices of a mesh send each other when a compiled program runs, read off its HLO."""
+"""Programs by their shapes alone, and what a compiled one makes the devices of a mesh send."""
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([a-z-]+)\((.*)")
@@ -17,6 +20,20 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _DTYPES = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
+
+
+def lower(function: Callable[..., Any], *arguments: Any, donate: int | None = None) -> Lowered:
+    """As `jax.jit(function).lower(*arguments)`; arguments may be modules and hold arrays or shapes.
+
+    The shapes may know where they lie, as `llama4_eqx.sharding.laid_out` makes them. The program
+    may use the memory of the argument number `donate` again.
+    """
+    arrays, rest = eqx.partition(arguments, _is_array_or_shape)
+
+    def of_arrays(*arrays: Any) -> Any:
+        return eqx.filter(function(*eqx.combine(arrays, rest)), eqx.is_array)
+
+    return jax.jit(of_arrays, donate_argnums=donate).lower(*arrays)
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,10 @@ def collectives(compiled: Compiled, mesh: Mesh) -> list[Collective]:
                     yield from walk(computation, inner)
 
     return list(walk(entry, 1))
+
+
+def _is_array_or_shape(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:

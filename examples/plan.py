@@ -1,0 +1,246 @@
+"""What each device of a mesh will hold and send: Scout or Maverick at full size, on any machine.
+
+    python examples/plan.py                                                 # training Scout on 256
+    python examples/plan.py maverick --mesh "data=2 fsdp=64 expert=8" --seq 4096
+    python examples/plan.py scout serve --mesh "tensor=8 expert=2" --rows 32 --seq 131072
+
+The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
+run. A mesh axis is called what the preset of its name cuts; tokens go to their experts in training,
+and are the same for all experts in serving. A picture of who holds what goes into runs/plan.
+"""
+
+import argparse
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import llama4_eqx as l4
+from llama4_eqx.axes import axis_words, leaf_name
+from llama4_eqx.losses import next_token_loss
+from llama4_eqx.programs import Collective, collectives, lower
+from llama4_eqx.sharding import (
+    CONTEXT,
+    DATA,
+    EXCHANGE,
+    EXPERT,
+    FSDP,
+    TENSOR,
+    Preset,
+    batch_sharding,
+    laid_out,
+)
+from llama4_eqx.train import init_train_state, make_train_step
+
+matplotlib.use("Agg")
+
+GIB = 2**30
+# Compilers for CPUs make float32 of bfloat16, but leave float16 as it is.
+SIXTEEN_BITS = jnp.float16
+DEFAULTS = {
+    "train": {"mesh": "fsdp=64 expert=4", "seq": 8192},
+    "serve": {"mesh": "tensor=8 expert=2", "seq": 131_072},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each device, by what they are for, and what a run of the program sends."""
+
+    held: dict[str, int]
+    temporary: int
+    sent: list[Collective]
+    model: l4.Llama4
+
+
+def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
+    """One step of AdamW over `rows` of `seq` tokens; parameters in float32, products in 16 bits.
+
+    Of each layer only its input is kept for the backward pass.
+    """
+    rules = rules_of(mesh, EXCHANGE)
+    optimizer = optax.adamw(1e-4)
+
+    def loss_function(model, tokens, key):
+        loss = next_token_loss(model, tokens, keep="nothing", key=key).token
+        return loss.total, loss.tokens, None
+
+    def make():
+        model = l4.Llama4(config, key=jax.random.key(0))
+        return init_train_state(model, optimizer, key=jax.random.key(1))
+
+    state = laid_out(make, mesh, rules)
+    step = make_train_step(optimizer, loss_function, clip_norm=1.0, compute_dtype=SIXTEEN_BITS)
+    tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
+    program = step.lower(state, tokens).compile()
+    parameters = bytes_here(state.model)
+    inputs = jax.ShapeDtypeStruct(
+        (config.text_config.num_hidden_layers, rows, seq, config.text_config.hidden_size),
+        SIXTEEN_BITS,
+        sharding=NamedSharding(mesh, PartitionSpec(None, *tokens.sharding.spec, None)),
+    )
+    held = {
+        "parameters": parameters,
+        "optimiser": bytes_here(state.opt_state),
+        "gradients": parameters,
+        "activations: each layer's input": bytes_here(inputs),
+    }
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return Plan(held, temporary, collectives(program, mesh), state.model)
+
+
+def plan_serving(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
+    """Decoding one token of each row, with `seq` tokens in the cache; all in 16 bits."""
+    rules = rules_of(mesh, EXPERT)
+    model = laid_out(
+        lambda: l4.Llama4(config, dtype=SIXTEEN_BITS, key=jax.random.key(0)), mesh, rules
+    )
+    cache = laid_out(partial(eqx.filter_eval_shape, model.empty_cache, (rows,), seq), mesh, rules)
+    place = NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh, rules).spec[:1]))
+    token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+    program = lower(l4.decode_step, model, token, cache, donate=2).compile()
+    held = {"parameters": bytes_here(model), "cache": bytes_here(cache)}
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return Plan(held, temporary, collectives(program, mesh), model)
+
+
+def rules_of(mesh: Mesh, experts: Preset) -> Preset:
+    """The presets of the mesh's axes, joined."""
+    presets = {
+        "data": DATA,
+        "fsdp": FSDP,
+        "tensor": TENSOR,
+        "expert": experts,
+        "context": CONTEXT,
+    }
+    if unknown := set(mesh.axis_names) - set(presets):
+        raise SystemExit(f"No preset cuts {', '.join(unknown)}: axes are {', '.join(presets)}.")
+    joined = Preset()
+    for name in mesh.axis_names:
+        joined |= presets[name]
+    return joined
+
+
+def bytes_here(tree: object) -> int:
+    """Of all arrays of the tree what one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.ndim
+    )
+
+
+def tell(plan: Plan, new_tokens: int) -> None:
+    """Prints the plan; `new_tokens` is how many a run of the program takes in."""
+    print("\nEach device holds, in GiB")
+    for what, size in plan.held.items():
+        print(f"  {what:34} {size / GIB:10.3f}")
+    print(f"  {'temporaries, as compiled for a CPU':34} {plan.temporary / GIB:10.3f}")
+    print("  These hold the gradients and activations above, if there are any.")
+
+    print("\nEach device sends in a step, in MiB, if all goes around in rings")
+    sent, times, later = Counter(), Counter(), Counter()
+    for one in plan.sent:
+        kind = one.kind, " ".join(one.axes), "16 bits" if one.dtype == "float16" else one.dtype
+        sent[kind] += one.sent * (one.times or 0)
+        times[kind] += one.times or 0
+        later[kind] += one.sent if one.times is None else 0
+    for kind, size in sent.most_common():
+        if size + later[kind] >= 2**20 / 100:
+            name, axes, dtype = kind
+            line = (
+                f"  {name:14} along {axes:14} {dtype:8} {times[kind]:6} times {size / 2**20:12,.2f}"
+            )
+            if later[kind]:
+                line += f", and {later[kind] / 2**20:,.2f} for each round that uneven routing adds"
+            print(line)
+    total = sum(sent.values())
+    print(f"  all together {total / 2**20:52,.2f}; {total / new_tokens:,.0f} bytes a token")
+
+    print(
+        "\nHow an accelerator differs: its compiler fuses more and plans memory anew, so temporaries\n"
+        "are an upper bound in kind; experts run through ragged_dot, not a loop over blocks; it may\n"
+        "join collectives or run them beside products, which changes their number and not their\n"
+        "bytes. float16 stands for bfloat16, which compilers for CPUs turn into float32."
+    )
+
+
+def draw(model: l4.Llama4, mesh: Mesh, path: Path) -> None:
+    """One panel for each way in which a matrix lies on the mesh."""
+    words, panels = axis_words(model), {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = leaf_name(key_path)
+        if len(words[name]) - words[name].count("layers") > 1:
+            panels.setdefault((words[name], leaf.shape), (name.split(".")[-1], leaf))
+    columns = 4
+    lines = -(-len(panels) // columns)
+    _, axes = plt.subplots(lines, columns, figsize=(16, 4.4 * lines), squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for place, ((names, shape), (name, leaf)) in zip(axes.flat, panels.items(), strict=False):
+        draw_parts(place, name, names, shape, leaf.sharding, mesh)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.tight_layout()
+    plt.savefig(path, dpi=80)
+
+
+def draw_parts(place, name, words, shape, sharding, mesh) -> None:
+    """A matrix cut into its parts, each with the number of the first device that holds it."""
+    cut = [axis for axis, names in enumerate(sharding.spec) if names]
+    down, across = (*cut, *(axis for axis in range(len(shape)) if axis not in cut))[:2]
+    holders = {}
+    for device, part in sharding.devices_indices_map(shape).items():
+        corner = tuple(piece.start or 0 for piece in part)
+        holders.setdefault((corner[down], corner[across]), []).append(device.id)
+    rows, columns = (sorted({corner[i] for corner in holders}) for i in (0, 1))
+    first = np.array([[min(holders[row, column]) for column in columns] for row in rows])
+    place.imshow(first, aspect="auto", cmap="turbo", vmin=0, vmax=mesh.size - 1)
+    if first.size <= 64:
+        for (row, column), device in np.ndenumerate(first):
+            place.text(column, row, device, ha="center", va="center", color="white", fontsize=8)
+    sizes = " × ".join(f"{word} {size}" for word, size in zip(words, shape, strict=True))
+    cuts = ", ".join(f"{words[axis]} by {' and '.join(sharding.spec[axis])}" for axis in cut)
+    copies = len(next(iter(holders.values())))
+    place.set_title(f"{name}\n{sizes}\n{cuts or 'whole'}; each part on {copies}", fontsize=9)
+
+
+def main(arguments: list[str] | None = None) -> Plan:
+    """Plans what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", choices=("scout", "maverick"), default="scout")
+    parser.add_argument("job", nargs="?", choices=tuple(DEFAULTS), default="train")
+    parser.add_argument("--mesh", help='such as "fsdp=64 expert=4"')
+    parser.add_argument("--rows", type=int, help="of a batch; by default one for each device")
+    parser.add_argument("--seq", type=int, help="tokens in a row, or in the cache")
+    options = parser.parse_args(arguments)
+    sizes = dict(one.split("=") for one in (options.mesh or DEFAULTS[options.job]["mesh"]).split())
+    shape = tuple(int(size) for size in sizes.values())
+    seq = options.seq or DEFAULTS[options.job]["seq"]
+    rows = options.rows or math.prod(shape)
+    jax.config.update("jax_num_cpu_devices", math.prod(shape))
+    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    config = getattr(l4.Llama4Config, options.model)()
+    text = l4.Llama4Config(config.text_config)
+    job = {"train": plan_training, "serve": plan_serving}[options.job]
+    devices = " × ".join(f"{name} {size}" for name, size in sizes.items())
+    print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
+    plan = job(text, mesh, rows, seq)
+    tell(plan, rows * seq if options.job == "train" else rows)
+    picture = Path("runs/plan") / f"{options.model}-{options.job}.png"
+    draw(plan.model, mesh, picture)
+    print(f"\nWho holds what: {picture}")
+    return plan
+
+
+if __name__ == "__main__":
+    main()
