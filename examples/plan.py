@@ -11,9 +11,11 @@ and are the same for all experts in serving. A picture of who holds what goes in
 
 import argparse
 import math
-from collections import Counter
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import equinox as eqx
@@ -24,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 import llama4_eqx as l4
 from llama4_eqx.axes import axis_words, leaf_name
@@ -48,9 +51,17 @@ GIB = 2**30
 # Compilers for CPUs make float32 of bfloat16, but leave float16 as it is.
 SIXTEEN_BITS = jnp.float16
 DEFAULTS = {
-    "train": {"mesh": "fsdp=64 expert=4", "seq": 8192},
-    "serve": {"mesh": "tensor=8 expert=2", "seq": 131_072},
+    ("scout", "train"): ("fsdp=64 expert=4", 8192),
+    ("scout", "serve"): ("tensor=8 expert=2", 131_072),
+    ("maverick", "train"): ("fsdp=16 expert=16", 8192),
+    ("maverick", "serve"): ("tensor=8 expert=8", 131_072),
 }
+DIFFERENCES = """
+How an accelerator differs. Temporaries (gradients and activations are among them): its compiler
+fuses more and plans memory anew, and runs experts through ragged_dot, not a loop over blocks; what
+this one needs is an upper bound at best. Collectives: it may join some and run them beside
+products, which changes their number and not their bytes. float16 stands for bfloat16, of which
+compilers for CPUs make float32."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,7 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
         "gradients": parameters,
         "activations: each layer's input": bytes_here(inputs),
     }
-    temporary = program.memory_analysis().temp_size_in_bytes
-    return Plan(held, temporary, collectives(program, mesh), state.model)
+    return Plan(held, temporaries(program), collectives(program, mesh), state.model)
 
 
 def plan_serving(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
@@ -110,8 +120,13 @@ def plan_serving(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Pl
     token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
     program = lower(l4.decode_step, model, token, cache, donate=2).compile()
     held = {"parameters": bytes_here(model), "cache": bytes_here(cache)}
-    temporary = program.memory_analysis().temp_size_in_bytes
-    return Plan(held, temporary, collectives(program, mesh), model)
+    return Plan(held, temporaries(program), collectives(program, mesh), model)
+
+
+def temporaries(program: Compiled) -> int:
+    """Bytes that the program needs beside its arguments and results."""
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
 def rules_of(mesh: Mesh, experts: Preset) -> Preset:
@@ -140,39 +155,33 @@ def bytes_here(tree: object) -> int:
     )
 
 
-def tell(plan: Plan, new_tokens: int) -> None:
-    """Prints the plan; `new_tokens` is how many a run of the program takes in."""
+def tell(plan: Plan, tokens: int, devices: int) -> None:
+    """Prints the plan of a step that takes in so many tokens, on so many devices."""
     print("\nEach device holds, in GiB")
     for what, size in plan.held.items():
         print(f"  {what:34} {size / GIB:10.3f}")
     print(f"  {'temporaries, as compiled for a CPU':34} {plan.temporary / GIB:10.3f}")
-    print("  These hold the gradients and activations above, if there are any.")
 
     print("\nEach device sends in a step, in MiB, if all goes around in rings")
-    sent, times, later = Counter(), Counter(), Counter()
+    sent: dict[tuple[str, ...], float] = defaultdict(float)
+    times, later = sent.copy(), sent.copy()
     for one in plan.sent:
         kind = one.kind, " ".join(one.axes), "16 bits" if one.dtype == "float16" else one.dtype
         sent[kind] += one.sent * (one.times or 0)
         times[kind] += one.times or 0
         later[kind] += one.sent if one.times is None else 0
-    for kind, size in sent.most_common():
-        if size + later[kind] >= 2**20 / 100:
-            name, axes, dtype = kind
-            line = (
-                f"  {name:14} along {axes:14} {dtype:8} {times[kind]:6} times {size / 2**20:12,.2f}"
-            )
-            if later[kind]:
-                line += f", and {later[kind] / 2**20:,.2f} for each round that uneven routing adds"
-            print(line)
+    for kind, size in sorted(sent.items(), key=itemgetter(1), reverse=True):
+        if size + later[kind] < 2**20 / 100:
+            continue
+        name, axes, dtype = kind
+        print(
+            f"  {name:14} {dtype:8} along {axes:12} {times[kind]:6.0f} times {size / 2**20:12,.2f}"
+        )
+        if later[kind]:
+            print(f"    and {later[kind] / 2**20:,.2f} for each round that uneven routing adds")
     total = sum(sent.values())
-    print(f"  all together {total / 2**20:52,.2f}; {total / new_tokens:,.0f} bytes a token")
-
-    print(
-        "\nHow an accelerator differs: its compiler fuses more and plans memory anew, so temporaries\n"
-        "are an upper bound in kind; experts run through ragged_dot, not a loop over blocks; it may\n"
-        "join collectives or run them beside products, which changes their number and not their\n"
-        "bytes. float16 stands for bfloat16, which compilers for CPUs turn into float32."
-    )
+    print(f"  all together: {total / 2**20:,.2f}, or {total * devices / tokens:,.0f} bytes a token")
+    print(DIFFERENCES)
 
 
 def draw(model: l4.Llama4, mesh: Mesh, path: Path) -> None:
@@ -196,6 +205,7 @@ def draw(model: l4.Llama4, mesh: Mesh, path: Path) -> None:
 
 def draw_parts(place, name, words, shape, sharding, mesh) -> None:
     """A matrix cut into its parts, each with the number of the first device that holds it."""
+    named = list(zip(words, shape, strict=True))
     cut = [axis for axis, names in enumerate(sharding.spec) if names]
     down, across = (*cut, *(axis for axis in range(len(shape)) if axis not in cut))[:2]
     holders = {}
@@ -205,27 +215,28 @@ def draw_parts(place, name, words, shape, sharding, mesh) -> None:
     rows, columns = (sorted({corner[i] for corner in holders}) for i in (0, 1))
     first = np.array([[min(holders[row, column]) for column in columns] for row in rows])
     place.imshow(first, aspect="auto", cmap="turbo", vmin=0, vmax=mesh.size - 1)
-    if first.size <= 64:
+    if max(first.shape) <= 16:
         for (row, column), device in np.ndenumerate(first):
             place.text(column, row, device, ha="center", va="center", color="white", fontsize=8)
-    sizes = " × ".join(f"{word} {size}" for word, size in zip(words, shape, strict=True))
-    cuts = ", ".join(f"{words[axis]} by {' and '.join(sharding.spec[axis])}" for axis in cut)
+    sizes = " × ".join(word if word == "2" else f"{word} {size}" for word, size in named)
+    cuts = ", ".join(f"{named[axis][0]} by {sharding.spec[axis]}" for axis in cut)
     copies = len(next(iter(holders.values())))
-    place.set_title(f"{name}\n{sizes}\n{cuts or 'whole'}; each part on {copies}", fontsize=9)
+    title = f"{name}\n{sizes}\n{cuts or 'whole'}; each part on {copies} devices"
+    place.set_title(re.sub("[(),']", "", title), fontsize=9)
 
 
 def main(arguments: list[str] | None = None) -> Plan:
     """Plans what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", choices=("scout", "maverick"), default="scout")
-    parser.add_argument("job", nargs="?", choices=tuple(DEFAULTS), default="train")
+    parser.add_argument("job", nargs="?", choices=("train", "serve"), default="train")
     parser.add_argument("--mesh", help='such as "fsdp=64 expert=4"')
-    parser.add_argument("--rows", type=int, help="of a batch; by default one for each device")
+    parser.add_argument("--rows", type=int, help="of a batch; by default one a device")
     parser.add_argument("--seq", type=int, help="tokens in a row, or in the cache")
     options = parser.parse_args(arguments)
-    sizes = dict(one.split("=") for one in (options.mesh or DEFAULTS[options.job]["mesh"]).split())
-    shape = tuple(int(size) for size in sizes.values())
-    seq = options.seq or DEFAULTS[options.job]["seq"]
+    axes, seq = DEFAULTS[options.model, options.job]
+    sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", options.mesh or axes)}
+    shape, seq = tuple(sizes.values()), options.seq or seq
     rows = options.rows or math.prod(shape)
     jax.config.update("jax_num_cpu_devices", math.prod(shape))
     mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
@@ -235,7 +246,7 @@ def main(arguments: list[str] | None = None) -> Plan:
     devices = " × ".join(f"{name} {size}" for name, size in sizes.items())
     print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
     plan = job(text, mesh, rows, seq)
-    tell(plan, rows * seq if options.job == "train" else rows)
+    tell(plan, rows * seq if options.job == "train" else rows, mesh.size)
     picture = Path("runs/plan") / f"{options.model}-{options.job}.png"
     draw(plan.model, mesh, picture)
     print(f"\nWho holds what: {picture}")

@@ -68,18 +68,19 @@ class Collective:
             "all-to-all": others / self.devices,
             "collective-permute": 1,
         }
-        return self.size * parts[self.kind]
+        return float(self.size * parts[self.kind])
 
 
-def collectives(compiled: Compiled, mesh: Mesh) -> list[Collective]:
-    """All that a program compiled for the mesh sends, in the order of its text.
+def collectives(program: Compiled | str, mesh: Mesh) -> list[Collective]:
+    """All that a program compiled for the mesh, or its text, sends; in the order of the text.
 
     An instruction in a loop is one entry; one in a function that is called twice is two.
 
     Raises a `ValueError` where the program's text isn't understood: it is that of programs compiled
     for CPUs.
     """
-    computations, entry = _computations(compiled.as_text() or "")
+    text = program if isinstance(program, str) else program.as_text() or ""
+    computations, entry = _computations(text)
 
     def walk(name: str, times: int | None) -> Iterator[Collective]:
         for result, opcode, rest in computations[name]:

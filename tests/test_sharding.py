@@ -1,5 +1,6 @@
 """Sharded = whole, on eight fake devices, for every preset; and rules that don't fit."""
 
+import math
 from dataclasses import replace
 
 import equinox as eqx
@@ -13,6 +14,7 @@ import llama4_eqx as l4
 from llama4_eqx.layers.across import Across
 from llama4_eqx.layers.dispatch import dispatched
 from llama4_eqx.losses import next_token_loss
+from llama4_eqx.programs import collectives
 from llama4_eqx.sharding import (
     CONTEXT,
     DATA,
@@ -22,6 +24,7 @@ from llama4_eqx.sharding import (
     TENSOR,
     batch_sharding,
     born_sharded,
+    laid_out,
     shard,
     shardings,
 )
@@ -95,6 +98,43 @@ def test_sharded_is_whole(truth, sizes, rules, capfd):
     )
     assert all(jax.tree.leaves(kept))
     assert "rematerialization" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("sizes", "rules"), PRESETS.values(), ids=list(PRESETS))
+def test_what_is_held_and_sent(sizes, rules):
+    """Of a training step, as compiled: no device gets all tokens, or the experts of others."""
+    mesh, rows, seq = make_mesh(sizes), 16, 48
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def make():
+        model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+        return init_train_state(model, optimizer, key=jax.random.key(1))
+
+    state = laid_out(make, mesh, rules)
+    tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
+    program = (
+        make_train_step(optimizer, loss_function, clip_norm=1.0).lower(state, tokens).compile()
+    )
+
+    planned = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+        for leaf in jax.tree.leaves((state.model, state.opt_state, tokens))
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+    )
+    assert program.memory_analysis().argument_size_in_bytes == pytest.approx(planned, rel=0.05)
+
+    gathered = [one for one in collectives(program, mesh) if one.kind == "all-gather"]
+    largest = max((math.prod(one.shape) for one in gathered), default=0)
+    text = SMALL
+    assert largest < rows * seq * text.hidden_size
+    if rules.get("experts"):
+        assert largest < text.num_local_experts * text.hidden_size * text.intermediate_size
+    along = {name for one in gathered for name in one.axes}
+    assert along <= {"fsdp", "context", "expert"}
+    if "expert" in along:
+        router = text.num_local_experts * text.hidden_size
+        sizes = {math.prod(one.shape) for one in gathered if "expert" in one.axes}
+        assert max(sizes) <= max(router, rows * seq)  # the router; tokens' ids for the embedding
 
 
 @pytest.mark.parametrize("preset", ["exchange", "context"])
