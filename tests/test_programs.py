@@ -71,7 +71,7 @@ def test_loops(mesh):
 )
 def test_every_way_to_write_groups(mesh, groups, axes):
     text = f"""ENTRY %main (p: f32[4]) -> f32[4] {{
-  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, use_global_device_ids=true
+  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, dims={{0}}
 }}"""
     (one,) = collectives(text, mesh)
     assert (one.axes, one.size) == (axes, 16)

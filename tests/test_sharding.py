@@ -14,7 +14,7 @@ import llama4_eqx as l4
 from llama4_eqx.layers.across import Across
 from llama4_eqx.layers.dispatch import dispatched
 from llama4_eqx.losses import next_token_loss
-from llama4_eqx.programs import collectives
+from llama4_eqx.programs import collectives, lower
 from llama4_eqx.sharding import (
     CONTEXT,
     DATA,
@@ -124,17 +124,34 @@ def test_what_is_held_and_sent(sizes, rules):
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(planned, rel=0.05)
 
     gathered = [one for one in collectives(program, mesh) if one.kind == "all-gather"]
-    largest = max((math.prod(one.shape) for one in gathered), default=0)
-    text = SMALL
-    assert largest < rows * seq * text.hidden_size
-    if rules.get("experts"):
-        assert largest < text.num_local_experts * text.hidden_size * text.intermediate_size
-    along = {name for one in gathered for name in one.axes}
-    assert along <= {"fsdp", "context", "expert"}
-    if "expert" in along:
-        router = text.num_local_experts * text.hidden_size
-        sizes = {math.prod(one.shape) for one in gathered if "expert" in one.axes}
-        assert max(sizes) <= max(router, rows * seq)  # the router; tokens' ids for the embedding
+    assert {name for one in gathered for name in one.axes} <= {"fsdp", "context", "expert"}
+    sizes = {math.prod(one.shape): one.axes for one in gathered}
+    hidden, experts = SMALL.hidden_size, SMALL.num_local_experts
+    assert max(sizes, default=0) < rows * seq * hidden
+    if "experts" in rules:
+        assert max(sizes) < experts * hidden * SMALL.intermediate_size
+        # Of the experts' axis only the router, and the ids of tokens for the embedding.
+        small = [size for size, axes in sizes.items() if "expert" in axes]
+        assert max(small) <= max(experts * hidden, rows * seq)
+
+
+@pytest.mark.parametrize(("seq", "layers"), [(48, 1), (40, 2)])
+def test_only_cut_chunks_need_others_keys(seq, layers):
+    """On each of two devices three chunks of eight, or two and a half."""
+    sizes, rules = PRESETS["context"]
+    mesh, model = make_mesh(sizes), l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    tokens, sharded = random_tokens(8, seq), shard(model, mesh, rules)
+
+    def loss(model, tokens):
+        return next_token_loss(model, tokens).token.total
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))
+    assert largest_difference(gradient(sharded, tokens), gradient(model, tokens)) < TOLERANCE
+    program = lower(lambda model, tokens: model(tokens).logits, sharded, tokens).compile()
+    keys = [
+        one for one in collectives(program, mesh) if one.axes == ("context",) and len(one.shape) > 2
+    ]
+    assert len(keys) == 2 * layers  # of a cycle's two; keys and values
 
 
 @pytest.mark.parametrize("preset", ["exchange", "context"])

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from llama4_eqx.axes import axis_words, leaf_name
+from llama4_eqx.layers.remat import kept
 
 Axes = tuple[str, ...]
 T = TypeVar("T")
@@ -77,7 +78,7 @@ def enter(tree: T, axes: Axes) -> T:
 
 def leave(x: Array, axes: Axes) -> Array:
     """The sum of what the devices along `axes` have computed."""
-    return lax.psum(x, axes) if axes else x
+    return kept(lax.psum(x, axes)) if axes else x
 
 
 def own_key(key: PRNGKeyArray | None, axes: Axes) -> PRNGKeyArray | None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.across import Across, Axes, alike, leave
 from llama4_eqx.layers.grouped import grouped_mlp
+from llama4_eqx.layers.remat import kept
 
 # How much more room a round of the exchange has than evenly spread tokens need.
 SLACK = 1.5
@@ -115,7 +116,7 @@ def _round(number, rows, gate_up_proj, down_proj, route):
     def swap(x):
         return lax.all_to_all(x, route.axes, split_axis=0, concat_axis=0, tiled=True)
 
-    received, expert = swap(sent), swap(expert)
+    received, expert = kept(swap(sent)), swap(expert)
     out = _through_experts(
         received.reshape(-1, rows.shape[-1]), expert.reshape(-1), gate_up_proj, down_proj
     )

@@ -45,6 +45,7 @@ def places(
     real tokens of each document from 0, those of a row's first one from `start` (where a cache
     holds what came before). Given `positions` are taken as they are.
     """
+    in_order = all(given is None for given in (mask, segment_ids, positions, start))
     real = jnp.ones(shape, bool) if mask is None else mask
     turns = jnp.zeros(shape, bool)
     if segment_ids is not None:
@@ -61,5 +62,5 @@ def places(
     return Places(
         positions=jnp.where(real, positions, 0).astype(jnp.int32),
         segments=jnp.where(real, segments, -1),
-        in_order=all(given is None for given in (mask, segment_ids, positions, start)),
+        in_order=in_order,
     )

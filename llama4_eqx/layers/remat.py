@@ -7,15 +7,15 @@ import equinox as eqx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# Of a layer, besides its inputs: matrix products, which is fastest; nothing, which is smallest; or
-# everything that its derivative reads.
+# Of a layer, besides its inputs: matrix products and what devices summed or exchanged, which is
+# fastest; nothing, which is smallest; or everything that its derivative reads.
 Keep = Literal["products", "nothing", "everything"]
 
 _T = TypeVar("_T")
 
 
 def kept(x: _T) -> _T:
-    """Marks the result of a matrix product, or of a loop of them."""
+    """Marks the result of a matrix product, of a loop of them, or of a sum over devices."""
     return checkpoint_name(x, "kept")
 
 
