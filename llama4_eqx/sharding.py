@@ -7,6 +7,16 @@ rules is a dict, so two presets together are `FSDP | EXPERT`, and a table of one
     model = shard(model, mesh, FSDP | EXPERT)
 
 The model then runs on the mesh as it does on one device: see `llama4_eqx.parallel`.
+
+How a preset scales is told below by what each of the `n` devices along its axis sends in a step of
+training, in bytes, and by its operations for each of them. A device has `T` tokens; numbers have
+`b` bytes; `P` are parameters, of which a token meets `A`; `o = (n - 1) / n` is the others' part.
+For a forward call alone see `examples/plan.py`, which counts for any model and mesh.
+
+There is no preset for a pipeline. Cutting parameters further while sending little is what FSDP,
+TENSOR and EXCHANGE do already, without devices that idle while a pipeline fills: by
+`examples/plan.py maverick`, parameters and optimiser take 27 GiB a device on 256. It would send
+less where links between pods are slow; DATA sends `2 · o · P · b` a step over those.
 """
 
 import math
@@ -52,19 +62,55 @@ class Preset(Mapping[str, tuple[str, ...]]):
         return Preset(**other) | self
 
 
-# Each device has all parameters and some rows of the batch.
 DATA = Preset(batch="data")
-# Each device has some rows of the batch and a part of every matrix, which is gathered for use.
+"""Each device has all parameters and some rows of the batch.
+
+Sends the gradients' sum: `2 · o · P · b`. Operations per byte: `3 · A · T / (o · P · b)`, on any
+number of devices.
+"""
+
 FSDP = Preset(batch="fsdp", hidden="fsdp", vision_hidden="fsdp")
-# Each device has some heads and some of the inner features of feed-forward networks.
+"""Each device has some rows of the batch and a part of every matrix, which is gathered for use.
+
+Sends the parameters twice, and the gradients' sum in parts: `3 · o · P · b`, where the head counts
+for two thirds and the embedding's table not at all: `2 · o · T · hidden · b` of its rows are sent.
+Operations per byte: `2 · A · T / (o · P · b)`, on any number of devices.
+"""
+
 TENSOR = Preset(heads="tensor", kv_heads="tensor", ff="tensor", vision_ff="tensor", vocab="tensor")
-# Each device has some experts. All along the axis have the same tokens, and sum what their experts
-# say.
+"""Each device has some heads and some of the inner features of feed-forward networks.
+
+Sends two sums in each layer, and two of their gradients, and one of the embedding and the head:
+`(4 · layers + 2) · 2 · o · T · hidden · b`. Operations per byte:
+`3 · A / ((4 · layers + 2) · (n - 1) · hidden · b)`, less with each device and whatever the tokens.
+"""
+
 EXPERT = Preset(experts="expert")
-# Each device has some experts and some rows of the batch; tokens are sent to their experts.
+"""Each device has some experts. All along the axis have the same tokens, and sum what their experts
+say.
+
+Sends one sum in each MoE layer and one of its gradients, `4 · o · T · hidden · b`, and the router
+twice, `2 · o · experts · hidden · b`. Operations of experts per byte:
+`4.5 · top_k · ff / ((n - 1) · b)`, less with each device and whatever the tokens.
+"""
+
 EXCHANGE = Preset(experts="expert", batch="expert")
-# Each device has a part of every sequence, and of the slots of a cache.
+"""Each device has some experts and some rows of the batch; tokens are sent to their experts.
+
+Sends tokens there and back in each MoE layer, and their gradients, with half as much room again as
+balanced ones need: `4 · 1.5 · o · top_k · T · hidden · b`; the router's parts, gathered and summed:
+`3 · o · experts · hidden · b`; and the gradients of all `P` that aren't experts': `2 · o · P · b`.
+Operations of experts per byte of tokens: `3 · ff / (o · b)`, on any number of devices.
+"""
+
 CONTEXT = Preset(seq="context", slots="context")
+"""Each device has a part of every sequence, and of the slots of a cache.
+
+Sends the keys and values of each global layer twice, and the sums of their gradients once:
+`3 · 2 · (n - 1) · T · kv_heads · head_dim · b`; of a chunk-local layer nothing, if no chunk is cut;
+and the gradients as DATA does. Operations of attention per byte:
+`n · T · heads / ((n - 1) · kv_heads · b)`, on any number of devices.
+"""
 
 
 def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
