@@ -1,12 +1,13 @@
 """Trains a small Llama 4 from nothing on text, saves it, loads it back and lets it write.
 
     python examples/pretrain_text.py
+    python examples/launch.py --processes 2 --devices 4 examples/pretrain_text.py
 
 A byte-level model with Scout's pattern (three chunk-local layers, then a global one without
 position embedding; mixtures of experts; QK norm) reads Python's own help topics, packed into rows,
-for about two minutes on two cores. No weights, no network. Stopped at any moment, the same command
-goes on where it was. The folder that it leaves, runs/pretrain_text/model, is one that
-`transformers` opens too.
+for about two minutes on two cores. No weights, no network. The parameters are cut among all devices
+of all processes. Stopped at any moment, either command goes on where the last one was. The folder
+that it leaves, runs/pretrain_text/model, is one that `transformers` opens too.
 """
 
 import gzip
@@ -21,15 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 from tqdm import tqdm
 
 import llama4_eqx as l4
 from llama4_eqx.data import Document, packed_batches
 from llama4_eqx.losses import next_token_loss
+from llama4_eqx.processes import connect
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from llama4_eqx.processing.tokenizer import Tokenizer
 from llama4_eqx.resume import RunCheckpoints
-from llama4_eqx.train import init_train_state, make_train_step
+from llama4_eqx.sharding import FSDP, batch_sharding, born_sharded, spread, unshard
+from llama4_eqx.train import TrainState, init_train_state, make_train_step
 
 FOLDER = Path("runs/pretrain_text")
 STEPS, ROWS, SEQ = 450, 8, 256
@@ -37,6 +41,7 @@ SAVE_EVERY = 50
 
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
+    connect()
     tokenizer = byte_tokenizer()
     texts = [topics[name] for name in sorted(topics)]
     split = len(texts) * 9 // 10
@@ -44,19 +49,17 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     print(f"{len(seen):,} bytes to read, {len(held_out):,} held out.")
     documents = [document(tokenizer, text) for text in texts[:split]]
 
-    model = l4.Llama4(l4.Llama4Config(config(tokenizer)), key=jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-    print(f"A model of {parameters:,} parameters.")
-
-    model = train(model, documents, steps, folder / "checkpoints")
+    model = train(tokenizer, documents, steps, folder / "checkpoints")
+    l4.save_checkpoint(model, folder / "model", overwrite=True)
+    model = unshard(model)
+    if jax.process_index() > 0:
+        return  # the rest is for one
 
     bits = bits_per_byte(model, np.array(tokenizer.encode(held_out.decode())))
     print(
         f"Bits per held-out byte: {bits:.3f}; a trigram model {trigram_bits(seen, held_out):.3f}, "
         f"gzip {8 * len(gzip.compress(held_out, 9)) / len(held_out):.3f}."
     )
-
-    l4.save_checkpoint(model, folder / "model", overwrite=True)
     tokenizer.save(folder / "model")
     shutil.rmtree(folder / "checkpoints")  # the run is over
     print(f"Saved to {folder / 'model'}; loading it back.\n")
@@ -105,18 +108,30 @@ def loss_function(
     return loss.total, loss.tokens, None
 
 
-def train(model: l4.Llama4, documents: list[Document], steps: int, folder: Path) -> l4.Llama4:
+def train(tokenizer: Tokenizer, documents: list[Document], steps: int, folder: Path) -> l4.Llama4:
     """The model after so many steps; the folder holds what is needed to go on after a stop."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.5e-3, steps // 20, steps, 1e-4)
     optimizer = optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     step = make_train_step(optimizer, loss_function, clip_norm=1.0)
-    state = init_train_state(model, optimizer, key=jax.random.key(1))
-    batches = iter(packed_batches(documents, rows=ROWS, seq=SEQ, seed=0))
+
+    def start() -> TrainState:
+        model = l4.Llama4(l4.Llama4Config(config(tokenizer)), key=jax.random.key(0))
+        return init_train_state(model, optimizer, key=jax.random.key(1))
+
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
+    state = born_sharded(start, mesh, FSDP)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+    print(f"A model of {parameters:,} parameters on {mesh.size} devices.")
+    # Each process packs all documents, and its devices get their rows: any number of processes can
+    # go on from a checkpoint.
+    batches = iter(packed_batches(documents, rows=ROWS, seq=SEQ, seed=0, process=0, processes=1))
+    place = batch_sharding(mesh, FSDP)
     with RunCheckpoints(folder) as checkpoints:
         done, state = checkpoints.restore(state, batches) or (0, state)
         bar = tqdm(range(done, steps), "Training", initial=done, total=steps, unit="step")
+        bar.disable = jax.process_index() > 0
         for i in bar:
-            state, report = step(state, next(batches))
+            state, report = step(state, spread(next(batches), place))
             if i % 10 == 0:
                 bar.set_postfix_str(f"{float(report.loss) / math.log(2):.2f} bits per byte")
             if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:

@@ -1,6 +1,7 @@
 """Trains a small multimodal Llama 4 from nothing to read rows of handwritten digits.
 
     python examples/train_digits.py
+    python examples/launch.py --processes 2 --devices 4 examples/train_digits.py
 
 The digits are scikit-learn's: 1,797 pictures of 8 x 8 pixels. The file follows its writers, so its
 last fifth, held out for the test, is of hands that the model has never seen. One to four digits in
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from optax.contrib import MuonDimensionNumbers, muon
 from PIL import Image
@@ -27,8 +29,10 @@ from tqdm import tqdm
 
 import llama4_eqx as l4
 from llama4_eqx.losses import next_token_loss, router_report
+from llama4_eqx.processes import connect
 from llama4_eqx.processing import ImageProcessor, byte_tokenizer, load_tokenizer, process
 from llama4_eqx.processing.tokenizer import IMAGE_END, IMAGE_START, PATCH, Tokenizer
+from llama4_eqx.sharding import DATA, shard, spread, unshard
 from llama4_eqx.train import init_train_state, make_train_step
 
 FOLDER = Path("runs/digits")
@@ -70,12 +74,18 @@ class Example(NamedTuple):
 
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
+    connect()
     tokenizer = byte_tokenizer()
     seen, held_out = digits()
     print(f"{len(seen.values):,} digits to learn from, {HELD_OUT} held out.")
     model = l4.Llama4(config(tokenizer), key=jax.random.key(0))
-    print(f"A model of {sum(leaf.size for leaf in jax.tree.leaves(model)):,} parameters.")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    print(f"A model of {parameters:,} parameters on {jax.device_count()} devices.")
     model, losses = train(model, tokenizer, seen, steps)
+    l4.save_checkpoint(model, folder / "model", overwrite=True)
+    model = unshard(model)
+    if jax.process_index() > 0:
+        return  # the rest is for one
 
     random = np.random.default_rng(1)
     tests, answers = [], []
@@ -85,13 +95,11 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
         answers += read(model.unstacked(), tokenizer, batch)
     report(tests, answers)
 
-    folder.mkdir(parents=True, exist_ok=True)
     draw_samples(tests[:40], answers[:40]).savefig(folder / "samples.png")
     figure = Figure((7, 4), layout="constrained")
     figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "loss"}).semilogy(losses)
     figure.savefig(folder / "loss.png")
     draw_experts(model, collate(tokenizer, tests[-64:])).savefig(folder / "experts.png")
-    l4.save_checkpoint(model, folder / "model", overwrite=True)
     tokenizer.save(folder / "model")
     print(f"Pictures and the model are in {folder}. Loaded back, it reads:")
     model, tokenizer = l4.load_checkpoint(folder / "model"), load_tokenizer(folder / "model")
@@ -235,7 +243,8 @@ def loss_function(model: l4.Llama4, batch: dict[str, Any], key: jax.Array) -> tu
 def train(
     model: l4.Llama4, tokenizer: Tokenizer, seen: Digits, steps: int
 ) -> tuple[l4.Llama4, np.ndarray]:
-    """The model after so many steps, and the answers' cross-entropy at each."""
+    """The model after so many steps, and the answers' cross-entropy at each. All devices of all
+    processes share the rows of a batch."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, steps // 20, steps, LEARNING_RATE / 100
     )
@@ -247,12 +256,15 @@ def train(
         muon_weight_dimension_numbers=matrices,
     )
     step = make_train_step(optimizer, loss_function, clip_norm=1.0)
-    state = init_train_state(model, optimizer, key=jax.random.key(1))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    state = shard(init_train_state(model, optimizer, key=jax.random.key(1)), mesh, DATA)
     random, losses = np.random.default_rng(0), []
-    bar = tqdm(range(steps), desc="Training", unit="step")
+    bar = tqdm(range(steps), desc="Training", unit="step", disable=jax.process_index() > 0)
     for i in bar:
         examples = [example(tokenizer, seen, counts, random, vary=True) for counts in ROWS]
-        state, report = step(state, collate(tokenizer, examples))
+        # All get the whole batch, which is small, and take what is theirs.
+        batch = spread(collate(tokenizer, examples), NamedSharding(mesh, PartitionSpec()))
+        state, report = step(state, batch)
         losses.append(report.other)
         if i % 10 == 0:
             bar.set_postfix_str(f"{float(report.other):.3f} nats per token of the answers")

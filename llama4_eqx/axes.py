@@ -19,7 +19,8 @@ def axis_words(tree: Any) -> dict[str, tuple[str, ...]]:
     A leaf stacked by `eqx.filter_vmap` has `layers` in front. The tree may be a module, or hold
     some in tuples and dicts, as the state of an optimiser does; it may have arrays or their shapes.
 
-    Raises a `ValueError` for an array with axes outside of any module.
+    An axis of an array that isn't a module's own is `unnamed`. Raises a `ValueError` for a module's
+    array whose annotation names no axes.
     """
     found = {}
 
@@ -35,12 +36,18 @@ def axis_words(tree: Any) -> dict[str, tuple[str, ...]]:
             for name, item in value.items():
                 walk(item, None, f"{inside}{name}")
         elif isinstance(value, jax.Array | jax.ShapeDtypeStruct):
-            options = [h for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "dim_str")]
-            if value.shape and not options:
-                raise ValueError(f"{path} has no annotation that names its axes.")
-            words = tuple(options[0].dim_str.split()) if value.shape else ()
-            words = tuple(word.lstrip("*") for word in words if word != "...")
-            found[path] = ("layers",) * (len(value.shape) - len(words)) + words
+            found[path] = _words(value, hint, path)
 
     walk(tree, None, "")
     return found
+
+
+def _words(array: Any, hint: Any, path: str) -> tuple[str, ...]:
+    axes = len(array.shape)
+    if axes == 0 or hint is None:
+        return ("unnamed",) * axes
+    options = [h for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "dim_str")]
+    if not options:
+        raise ValueError(f"{path} has no annotation that names its axes.")
+    words = tuple(word.lstrip("*") for word in options[0].dim_str.split() if word != "...")
+    return ("layers",) * (axes - len(words)) + words

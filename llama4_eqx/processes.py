@@ -2,12 +2,34 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+
+def connect(*, heartbeat: int = 20) -> None:
+    """Joins the other processes of this program, if `JAX_COORDINATOR_ADDRESS` tells of any.
+
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say how many there are, and which of them this is; they
+    may be missing where JAX knows the scheduler (Slurm, Open MPI, Kubernetes, Cloud TPUs). To be
+    called before anything of JAX is used.
+
+    Of a process that dies the others learn at once or when nothing was heard of it for `heartbeat`
+    seconds. Whatever they do then, JAX ends them with a message that says so. Start all again to go
+    on from the last checkpoint.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    count, number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    jax.distributed.initialize(
+        num_processes=None if count is None else int(count),
+        process_id=None if number is None else int(number),
+        heartbeat_timeout_seconds=heartbeat,
+    )
 
 
 def gathered(value: Any) -> list[Any]:

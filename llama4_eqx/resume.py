@@ -101,7 +101,9 @@ class RunCheckpoints:
         folder.
 
         `like` is a state of the same structure: of arrays, or of shapes as `eqx.filter_eval_shape`
-        makes them. Each leaf gets its sharding, and leaves that aren't stored are taken from it.
+        makes them. Each leaf gets its sharding, and leaves that aren't stored are taken from it. So
+        other devices may go on, and another number of processes, if all were at one place in the
+        data.
 
         A damaged checkpoint is passed over with a warning; the next save removes it. Raises
         `CheckpointError` where none is good, or where the good one doesn't fit `like` or `data`.
@@ -124,7 +126,7 @@ class RunCheckpoints:
         self._check(step, run, dict(_named(like)), data)
         state = self._read(step, like)
         if data is not None:
-            data.set_state(_decoded(run["data"][jax.process_index()]))
+            data.set_state(_decoded(self._own_data(run)))
         return step, state
 
     def wait(self) -> None:
@@ -200,13 +202,20 @@ class RunCheckpoints:
         ]
         if data is not None and None in run["data"]:
             problems.append("it was saved without data, so it can't tell where the data stands")
-        elif data is not None and len(run["data"]) != jax.process_count():
+        elif data is not None and self._own_data(run) is None:
             problems.append(f"it was saved by {len(run['data'])} processes, each with its own data")
         if problems:
             lines = [f"- {problem}" for problem in problems[:20]]
             lines += [f"- … and {len(problems) - 20} more"] * (len(problems) > 20)
             where = f"The checkpoint of step {step} in {self._folder}"
             raise CheckpointError("\n".join([f"{where} doesn't fit this run:", *lines]))
+
+    def _own_data(self, run: Any) -> Any:
+        """This process's place in the data; None where other processes had each their own."""
+        places = run["data"]
+        if len(places) == jax.process_count():
+            return places[jax.process_index()]
+        return places[0] if all(place == places[0] for place in places) else None
 
     def _read(self, step: int, like: T) -> T:
         ocp = self._orbax

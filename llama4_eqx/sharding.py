@@ -21,10 +21,14 @@ less where links between pods are slow; DATA sends `2 · o · P · b` a step ove
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -145,10 +149,25 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 def shard(tree: T, mesh: Mesh, rules: Rules) -> T:
     """The tree with its arrays where `shardings` says, and with its models at work on the mesh.
 
-    Errors: as of `shardings`.
+    Of several processes, each must have the whole tree. Errors: as of `shardings`.
     """
     arrays, rest = eqx.partition(on_mesh(tree, mesh, rules), eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, shardings(arrays, mesh, rules)), rest)
+    return eqx.combine(jax.tree.map(_put, arrays, shardings(arrays, mesh, rules)), rest)
+
+
+def unshard(tree: T) -> T:
+    """The whole tree on this process's first device, its models working there alone.
+
+    With several processes, all must call it. Errors: of PRNG keys, a `TypeError`.
+    """
+    arrays, rest = eqx.partition(_with_parallel(tree, None), eqx.is_array)
+    whole = multihost_utils.process_allgather(arrays, tiled=True)
+    return eqx.combine(jax.tree.map(jnp.asarray, whole), rest)
+
+
+def spread(tree: T, sharding: NamedSharding) -> T:
+    """Arrays that every process has alike, such as a batch, with each part where it is to lie."""
+    return jax.tree.map(partial(_put, sharding=sharding), tree)
 
 
 def born_sharded(make: Callable[[], T], mesh: Mesh, rules: Rules) -> T:
@@ -194,19 +213,32 @@ def on_mesh(tree: T, mesh: Mesh, rules: Rules) -> T:
             "not all cut the batch: let all of them cut the batch, or none."
         )
     parallel = MeshParallel(mesh, tuple((word, _mesh_axes(rules, word)) for word in rules))
-
-    def tell(node: Any) -> Any:
-        if not isinstance(node, Llama4):
-            return node
-        return eqx.tree_at(lambda m: m.parallel, node, parallel, is_leaf=lambda x: x is None)
-
-    return jax.tree.map(tell, tree, is_leaf=lambda node: isinstance(node, Llama4))
+    return _with_parallel(tree, parallel)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     """Where tokens lie, and all else that is `"batch seq"`."""
     axes = (_mesh_axes(rules, word) or None for word in ("batch", "seq"))
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def _with_parallel(tree: T, parallel: MeshParallel | None) -> T:
+    def tell(node: Any) -> Any:
+        if not isinstance(node, Llama4):
+            return node
+        return eqx.tree_at(lambda m: m.parallel, node, parallel, is_leaf=lambda x: x is None)
+
+    return jax.tree.map(tell, tree, is_leaf=lambda node: isinstance(node, Llama4))
 
 
 def _is_shape(leaf: Any) -> bool:

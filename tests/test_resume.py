@@ -186,6 +186,26 @@ def test_data_goes_on_exactly(tmp_path):
         assert checkpoints.restore(state)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_data_of_other_processes(alike, tmp_path, monkeypatch):
+    """One process takes the place of two that were at the same place, and of no others."""
+
+    def of_two(value):
+        both = isinstance(value, dict)
+        return [value, value if alike else {"json": "elsewhere"}] if both else [value]
+
+    state, counter = {"x": jnp.ones(3)}, Counter()
+    with monkeypatch.context() as patched, RunCheckpoints(tmp_path) as checkpoints:
+        patched.setattr("llama4_eqx.resume.gathered", of_two)
+        checkpoints.save(1, state, Counter(b"here"))
+    if alike:
+        assert RunCheckpoints(tmp_path).restore(state, counter)
+        assert counter.state == b"here"
+    else:
+        with pytest.raises(l4.CheckpointError, match="saved by 2 processes, each with its own"):
+            RunCheckpoints(tmp_path).restore(state, counter)
+
+
 def test_the_newest_are_kept(tmp_path):
     with RunCheckpoints(tmp_path / "new" / "run", keep=2) as checkpoints:
         assert checkpoints.restore(toy_state()) is None
