@@ -73,7 +73,7 @@ class LoRA(eqx.Module):
         """The model with its updates, for training.
 
         Those of layers are `LowRank` leaves, which each layer adds up when it runs, and again in
-        the backward pass: no second copy of the weights is ever held.
+        the backward pass: no second copy of the weights is ever held. (On a mesh, one is.)
         """
 
         def attach(name: str, leaf: Array) -> Any:

@@ -30,6 +30,7 @@ from llama4_eqx.decoder import Decoder
 from llama4_eqx.layers.across import Across, Axes, enter, leave
 from llama4_eqx.layers.cache import Filled, KVCache
 from llama4_eqx.layers.linear import linear
+from llama4_eqx.layers.lowrank import has_updates, merged
 from llama4_eqx.layers.mask import Places
 from llama4_eqx.layers.remat import Keep
 
@@ -96,6 +97,7 @@ class MeshParallel(eqx.Module):
         lead = self._token_axes(x.shape[:-1])
         rings = [] if cache is None else [*cache.blocks, *cache.tail]
         across = self._across(lead, slots=math.gcd(*(ring.slots for ring in rings)))
+        decoder = self._merged(decoder)
         arrays, static = eqx.partition(decoder, eqx.is_array)
 
         def local(arrays, x, places, cache, filled, key):
@@ -217,6 +219,15 @@ class MeshParallel(eqx.Module):
             return P(*(one or None for one in axes))
 
         return jax.tree_util.tree_map_with_path(spec, eqx.filter(module, eqx.is_array))
+
+    def _merged(self, decoder: Decoder) -> Decoder:
+        """With low-rank updates added to the weights, each device's part to its part: factors
+        aren't cut as the weights are."""
+        if not has_updates(decoder):
+            return decoder
+        decoder = merged(decoder)
+        places = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs(decoder))
+        return lax.with_sharding_constraint(decoder, places)
 
     def _vocab_shares(self, across: Across) -> Axes:
         """The axes along which each device has its own part of the vocabulary to compute."""

@@ -55,7 +55,8 @@ def select(model: PyTree, *patterns: str) -> PyTree:
 
     Patterns are the shell's: `*` stands for anything, dots too, so `"vision_model.*"` and
     `"*.norm.weight"` are what they look like. One that begins with `!` takes out what it fits. The
-    result is a filter for `eqx.partition`, and what to pass as `trainable`.
+    result is a filter for `eqx.partition`, and what to pass as `trainable`. It fits the very model:
+    one that is to be sharded is sharded first.
 
     Raises a `ValueError` for a pattern that fits no leaf.
     """

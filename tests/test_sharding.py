@@ -6,6 +6,7 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 import llama4_eqx as l4
 from llama4_eqx.layers.across import Across
 from llama4_eqx.layers.dispatch import dispatched
+from llama4_eqx.lora import LoRA
 from llama4_eqx.losses import next_token_loss
 from llama4_eqx.programs import collectives, lower
 from llama4_eqx.sharding import (
@@ -28,7 +30,7 @@ from llama4_eqx.sharding import (
     shard,
     shardings,
 )
-from llama4_eqx.train import init_train_state, make_train_step
+from llama4_eqx.train import init_train_state, make_train_step, select
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
 TOLERANCE = 1e-5
@@ -154,14 +156,50 @@ def test_only_cut_chunks_need_others_keys(seq, layers):
     assert len(keys) == 2 * layers  # of a cycle's two; keys and values
 
 
-@pytest.mark.parametrize("preset", ["exchange", "context"])
-def test_sharded_generation_is_whole(preset):
-    """Prompts of different lengths, over several chunks; then a prompt that can't be cut evenly,
-    and one row for many devices."""
+def test_low_rank_updates():
+    """Two steps of them, on a mesh that cuts the weights in every way."""
+    sizes, rules = PRESETS["exchange"]
+    mesh, model = make_mesh(sizes), l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    lora = LoRA(model, "decoder.*_proj", "embed_tokens", rank=2, key=jax.random.key(1))
+    optimizer, results = optax.sgd(30.0), []
+    for place in (lambda tree: tree, lambda tree: shard(tree, mesh, rules)):
+        placed = place(jax.tree.map(jnp.copy, lora))
+        trainable = select(placed, "updates.*")
+        step = make_train_step(
+            optimizer,
+            lambda lora, *rest: loss_function(lora.attached(), *rest),
+            trainable=trainable,
+        )
+        state = place(
+            init_train_state(placed, optimizer, key=jax.random.key(2), trainable=trainable)
+        )
+        for _ in range(2):
+            state, report = step(state, random_tokens(8, 40))
+        results.append((report.loss, state.model.updates))
+    assert largest_difference(results[1], results[0]) < TOLERANCE
+
+
+def test_dropout_differs_among_devices():
+    """Equal rows on different devices; and the same again from the same key."""
+    sizes, rules = PRESETS["exchange"]
+    config = l4.Llama4Config(replace(SMALL, attention_dropout=0.5))
+    model = shard(l4.Llama4(config, key=jax.random.key(0)), make_mesh(sizes), rules)
+    tokens = jnp.tile(random_tokens(1, 40), (4, 1))
+    run = eqx.filter_jit(lambda model, tokens, key: model(tokens, key=key).logits)
+    first, again = (run(model, tokens, jax.random.key(1)) for _ in range(2))
+    assert jnp.array_equal(first, again)
+    assert len({row.tobytes() for row in np.asarray(first)}) == 4
+    assert relative_error(run(model, tokens, None)[1:], run(model, tokens, None)[:-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("sizes", "rules"), PRESETS.values(), ids=list(PRESETS))
+def test_sharded_generation_is_whole(sizes, rules):
+    """Prompts of different lengths, over several chunks; and where there is more to go wrong, a
+    prompt that can't be cut evenly, and one row for many devices."""
     model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
-    sizes, rules = PRESETS[preset]
     sharded = shard(model, make_mesh(sizes), rules)
-    for rows, seq in ((8, 12), (1, 13)):
+    shapes = [(8, 12), (1, 13)] if len(sizes) > 2 else [(8, 12)]
+    for rows, seq in shapes:
         tokens = random_tokens(rows, seq)
         mask = jnp.arange(seq) >= jnp.arange(rows)[:, None]
         truth, new = (

@@ -44,3 +44,9 @@ def merged(module: _T) -> _T:
         module,
         is_leaf=lambda leaf: isinstance(leaf, LowRank),
     )
+
+
+def has_updates(module: Any) -> bool:
+    """Whether there is a `LowRank` in it."""
+    nodes = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, LowRank))
+    return any(isinstance(leaf, LowRank) for leaf in nodes)
