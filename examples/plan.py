@@ -6,7 +6,8 @@
 
 The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
 run. A mesh axis is called what the preset of its name cuts; tokens go to their experts in training,
-and are the same for all experts in serving. A picture of who holds what goes into runs/plan.
+and are the same for all experts in serving. The vision encoder, a small part, is left out. A picture
+of who holds what goes into runs/plan.
 """
 
 import argparse
@@ -236,6 +237,8 @@ def main(arguments: list[str] | None = None) -> Plan:
     options = parser.parse_args(arguments)
     axes, seq = DEFAULTS[options.model, options.job]
     sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", options.mesh or axes)}
+    if not sizes:
+        parser.error(f'a mesh is written as "{axes}", not as "{options.mesh}"')
     shape, seq = tuple(sizes.values()), options.seq or seq
     rows = options.rows or math.prod(shape)
     jax.config.update("jax_num_cpu_devices", math.prod(shape))
@@ -245,7 +248,10 @@ def main(arguments: list[str] | None = None) -> Plan:
     job = {"train": plan_training, "serve": plan_serving}[options.job]
     devices = " × ".join(f"{name} {size}" for name, size in sizes.items())
     print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
-    plan = job(text, mesh, rows, seq)
+    try:
+        plan = job(text, mesh, rows, seq)
+    except ValueError as error:  # axes that can't be cut so
+        raise SystemExit(str(error)) from None
     tell(plan, rows * seq if options.job == "train" else rows, mesh.size)
     picture = Path("runs/plan") / f"{options.model}-{options.job}.png"
     draw(plan.model, mesh, picture)

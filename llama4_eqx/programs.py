@@ -123,9 +123,7 @@ def _collective(result: str, opcode: str, rest: str, mesh: Mesh) -> Collective:
     arrays = _ARRAY.findall(result)
     kind, bits, dims = arrays[0]
     shape = tuple(int(size) for size in dims.split(",") if size)
-    if (
-        len(arrays) > 1
-    ):  # an all-to-all has an array for each device, an all-reduce may have several
+    if len(arrays) > 1:  # of an all-to-all one for each device, of an all-reduce perhaps several
         shape = (sum(_elements(one) for one in arrays),)
     dtype = "bool" if kind == "pred" else _DTYPES[kind] + bits
     group = _first_group(rest)
