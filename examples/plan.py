@@ -6,8 +6,8 @@
 
 The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
 run. A mesh axis is called what the preset of its name cuts; tokens go to their experts in training,
-and are the same for all experts in serving. The vision encoder, a small part, is left out. A picture
-of who holds what goes into runs/plan.
+and are the same for all experts in serving. The vision encoder, a small part, is left out.
+A picture of who holds what goes into runs/plan.
 """
 
 import argparse
