@@ -29,6 +29,7 @@ from llama4_eqx.sharding import (
     laid_out,
     shard,
     shardings,
+    unshard,
 )
 from llama4_eqx.train import init_train_state, make_train_step, select
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
@@ -206,6 +207,12 @@ def test_sharded_generation_is_whole(sizes, rules):
             l4.generate(one, tokens, mask=mask, max_new_tokens=20) for one in (model, sharded)
         )
         assert jnp.array_equal(new, truth)
+
+
+def test_unsharded_again():
+    model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
+    sizes, rules = PRESETS["exchange"]
+    assert eqx.tree_equal(unshard(shard(model, make_mesh(sizes), rules)), model)
 
 
 def test_born_sharded():
