@@ -19,10 +19,9 @@ from train_digits import FOLDER as DIGITS
 from train_digits import Digits, Example, ask, collate, digits, loss_function, picture, read
 
 import llama4_eqx as l4
-from llama4_eqx.lora import LoRA
 from llama4_eqx.processing import byte_tokenizer
 from llama4_eqx.processing.tokenizer import Tokenizer
-from llama4_eqx.train import init_train_state, make_train_step, select
+from llama4_eqx.training import LoRA, init_train_state, make_train_step, select
 
 FOLDER = Path("runs/finetune_lora")
 STEPS, ROWS, LEARNING_RATE = 300, 16, 3e-3
@@ -88,9 +87,9 @@ def train(lora: LoRA, tokenizer: Tokenizer, seen: Digits, steps: int) -> LoRA:
     bar = tqdm(range(steps), desc="Training", unit="step")
     for i in bar:
         examples = [backwards(tokenizer, seen, random, vary=True) for _ in range(ROWS)]
-        state, report = step(state, collate(tokenizer, examples))
+        state, metrics = step(state, collate(tokenizer, examples))
         if i % 10 == 0:
-            bar.set_postfix_str(f"{float(report.other):.3f} nats per token of the answers")
+            bar.set_postfix_str(f"{float(metrics.aux):.3f} nats per token of the answers")
     return state.model
 
 

@@ -31,20 +31,21 @@ from jax.stages import Compiled
 
 import llama4_eqx as l4
 from llama4_eqx.axes import axis_words, leaf_name
-from llama4_eqx.losses import next_token_loss
-from llama4_eqx.programs import Collective, collectives, lower
-from llama4_eqx.sharding import (
+from llama4_eqx.distributed import (
     CONTEXT,
     DATA,
-    EXCHANGE,
-    EXPERT,
+    EXPERT_ALL_TO_ALL,
+    EXPERT_REPLICATED_TOKENS,
     FSDP,
     TENSOR,
-    Preset,
+    Collective,
+    Rules,
+    abstract_sharded,
     batch_sharding,
-    laid_out,
+    collectives,
 )
-from llama4_eqx.train import init_train_state, make_train_step
+from llama4_eqx.lowering import lower
+from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
 
 matplotlib.use("Agg")
 
@@ -80,18 +81,18 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
 
     Of each layer only its input is kept for the backward pass.
     """
-    rules = rules_of(mesh, EXCHANGE)
+    rules = rules_of(mesh, EXPERT_ALL_TO_ALL)
     optimizer = optax.adamw(1e-4)
 
     def loss_function(model, tokens, key):
-        loss = next_token_loss(model, tokens, keep="nothing", key=key).token
-        return loss.total, loss.tokens, None
+        loss = next_token_loss(model, tokens, remat="full", key=key).token
+        return loss.total, loss.num_tokens, None
 
     def make():
         model = l4.Llama4(config, key=jax.random.key(0))
         return init_train_state(model, optimizer, key=jax.random.key(1))
 
-    state = laid_out(make, mesh, rules)
+    state = abstract_sharded(make, mesh, rules)
     step = make_train_step(optimizer, loss_function, clip_norm=1.0, compute_dtype=SIXTEEN_BITS)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
     program = step.lower(state, tokens).compile()
@@ -112,11 +113,13 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
 
 def plan_serving(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
     """Decoding one token of each row, with `seq` tokens in the cache; all in 16 bits."""
-    rules = rules_of(mesh, EXPERT)
-    model = laid_out(
+    rules = rules_of(mesh, EXPERT_REPLICATED_TOKENS)
+    model = abstract_sharded(
         lambda: l4.Llama4(config, dtype=SIXTEEN_BITS, key=jax.random.key(0)), mesh, rules
     )
-    cache = laid_out(partial(eqx.filter_eval_shape, model.empty_cache, (rows,), seq), mesh, rules)
+    cache = abstract_sharded(
+        partial(eqx.filter_eval_shape, model.empty_cache, (rows,), seq), mesh, rules
+    )
     place = NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh, rules).spec[:1]))
     token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
     program = lower(l4.decode_step, model, token, cache, donate=2).compile()
@@ -130,7 +133,7 @@ def temporaries(program: Compiled) -> int:
     return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
-def rules_of(mesh: Mesh, experts: Preset) -> Preset:
+def rules_of(mesh: Mesh, experts: Rules) -> Rules:
     """The presets of the mesh's axes, joined."""
     presets = {
         "data": DATA,
@@ -141,7 +144,7 @@ def rules_of(mesh: Mesh, experts: Preset) -> Preset:
     }
     if unknown := set(mesh.axis_names) - set(presets):
         raise SystemExit(f"No preset cuts {', '.join(unknown)}: axes are {', '.join(presets)}.")
-    joined = Preset()
+    joined = Rules()
     for name in mesh.axis_names:
         joined |= presets[name]
     return joined

@@ -26,14 +26,19 @@ from jax.sharding import AxisType
 from tqdm import tqdm
 
 import llama4_eqx as l4
-from llama4_eqx.data import Document, packed_batches
-from llama4_eqx.losses import next_token_loss
-from llama4_eqx.processes import connect
+from llama4_eqx.checkpoints import TrainCheckpointer
+from llama4_eqx.distributed import (
+    FSDP,
+    batch_sharding,
+    connect,
+    device_put_global,
+    init_sharded,
+    unshard,
+)
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from llama4_eqx.processing.tokenizer import Tokenizer
-from llama4_eqx.resume import RunCheckpoints
-from llama4_eqx.sharding import FSDP, batch_sharding, born_sharded, spread, unshard
-from llama4_eqx.train import TrainState, init_train_state, make_train_step
+from llama4_eqx.training import TrainState, init_train_state, make_train_step, next_token_loss
+from llama4_eqx.training.data import Document, packed_batches
 
 FOLDER = Path("runs/pretrain_text")
 STEPS, ROWS, SEQ = 450, 8, 256
@@ -105,7 +110,7 @@ def loss_function(
         segment_ids=batch["segment_ids"],
         key=key,
     ).token
-    return loss.total, loss.tokens, None
+    return loss.total, loss.num_tokens, None
 
 
 def train(tokenizer: Tokenizer, documents: list[Document], steps: int, folder: Path) -> l4.Llama4:
@@ -119,21 +124,21 @@ def train(tokenizer: Tokenizer, documents: list[Document], steps: int, folder: P
         return init_train_state(model, optimizer, key=jax.random.key(1))
 
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(AxisType.Auto,))
-    state = born_sharded(start, mesh, FSDP)
+    state = init_sharded(start, mesh, FSDP)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.model))
     print(f"A model of {parameters:,} parameters on {mesh.size} devices.")
     # Each process packs all documents, and its devices get their rows: any number of processes can
     # go on from a checkpoint.
     batches = iter(packed_batches(documents, rows=ROWS, seq=SEQ, seed=0, process=0, processes=1))
     place = batch_sharding(mesh, FSDP)
-    with RunCheckpoints(folder) as checkpoints:
+    with TrainCheckpointer(folder) as checkpoints:
         done, state = checkpoints.restore(state, batches) or (0, state)
         bar = tqdm(range(done, steps), "Training", initial=done, total=steps, unit="step")
         bar.disable = jax.process_index() > 0
         for i in bar:
-            state, report = step(state, spread(next(batches), place))
+            state, metrics = step(state, device_put_global(next(batches), place))
             if i % 10 == 0:
-                bar.set_postfix_str(f"{float(report.loss) / math.log(2):.2f} bits per byte")
+                bar.set_postfix_str(f"{float(metrics.loss) / math.log(2):.2f} bits per byte")
             if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
                 checkpoints.save(i + 1, state, batches)
     return state.model

@@ -22,18 +22,22 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import muon
 from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import llama4_eqx as l4
-from llama4_eqx.losses import next_token_loss, router_report
-from llama4_eqx.processes import connect
+from llama4_eqx.distributed import DATA, connect, device_put_global, shard, unshard
 from llama4_eqx.processing import ImageProcessor, byte_tokenizer, load_tokenizer, process
 from llama4_eqx.processing.tokenizer import IMAGE_END, IMAGE_START, PATCH, Tokenizer
-from llama4_eqx.sharding import DATA, shard, spread, unshard
-from llama4_eqx.train import init_train_state, make_train_step
+from llama4_eqx.training import (
+    init_train_state,
+    make_train_step,
+    muon_dimensions,
+    next_token_loss,
+    router_report,
+)
 
 FOLDER = Path("runs/digits")
 STEPS, LEARNING_RATE = 1000, 4e-3
@@ -45,16 +49,6 @@ TWO = [(2, 2), (1, 3), (2, 2), (3, 1)]
 ROWS = [(4,)] * 16 + [(3,)] * 4 + [(2,), (1,)] * 2 + TWO * 2
 TEST_ROWS = [row for two in TWO * 16 for row in [(1,), (2,), (3,), (4,), two]]
 TEST_BATCHES = 8
-# The two groups of axes that make a weight a matrix, counted from its last; Muon orthogonalises
-# over them. Other axes are many matrices side by side; weights of other names are left to Adam.
-LAST_TWO = ((-2,), (-1,))
-MATRICES = {
-    "linear": ((-4,), (-3, -2, -1)),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ((-3, -2), (-1,))),
-    "o_proj": ((-3,), (-2, -1)),
-    "gate_up_proj": ((-3,), (-1,)),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "linear_1"), LAST_TWO),
-}
 
 
 class Digits(NamedTuple):
@@ -220,24 +214,12 @@ def collate(tokenizer: Tokenizer, examples: list[Example]) -> dict[str, Any]:
     }
 
 
-def matrices(parameters: Any) -> Any:
-    """For each parameter the two groups of axes that make it a matrix, or None."""
-
-    def groups(path, leaf):
-        if path[-1].name not in MATRICES:
-            return None
-        pair = MATRICES[path[-1].name]
-        return MuonDimensionNumbers(*(tuple(leaf.ndim + axis for axis in group) for group in pair))
-
-    return jax.tree_util.tree_map_with_path(groups, parameters)
-
-
 def loss_function(model: l4.Llama4, batch: dict[str, Any], key: jax.Array) -> tuple[Any, Any, Any]:
     """The loss, with a little of the experts' imbalance; the tokens that it is a mean over; and the
     cross-entropy alone."""
     loss = next_token_loss(model, **batch, key=key)
-    balance = router_report(loss.router_logits, top_k=1, mask=loss.real).balance_loss.mean()
-    return loss.token.total + 0.01 * balance, loss.token.tokens, loss.token.cross_entropy
+    balance = router_report(loss.router_logits, top_k=1, mask=loss.mask).balance_loss.mean()
+    return loss.token.total + 0.01 * balance, loss.token.num_tokens, loss.token.cross_entropy
 
 
 def train(
@@ -253,7 +235,7 @@ def train(
         weight_decay=0.05,
         adam_b2=0.98,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=muon_dimensions,
     )
     step = make_train_step(optimizer, loss_function, clip_norm=1.0)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
@@ -263,11 +245,13 @@ def train(
     for i in bar:
         examples = [example(tokenizer, seen, counts, random, vary=True) for counts in ROWS]
         # All get the whole batch, which is small, and take what is theirs.
-        batch = spread(collate(tokenizer, examples), NamedSharding(mesh, PartitionSpec()))
-        state, report = step(state, batch)
-        losses.append(report.other)
+        batch = device_put_global(
+            collate(tokenizer, examples), NamedSharding(mesh, PartitionSpec())
+        )
+        state, metrics = step(state, batch)
+        losses.append(metrics.aux)
         if i % 10 == 0:
-            bar.set_postfix_str(f"{float(report.other):.3f} nats per token of the answers")
+            bar.set_postfix_str(f"{float(metrics.aux):.3f} nats per token of the answers")
     return state.model, np.array(losses)
 
 

@@ -1,8 +1,13 @@
-"""Llama 4 in JAX, as pure-pytree Equinox modules."""
+"""Llama 4 in JAX, as pure-pytree Equinox modules.
 
-from llama4_eqx.checkpoint import CheckpointError as CheckpointError
-from llama4_eqx.checkpoint import load_checkpoint as load_checkpoint
-from llama4_eqx.checkpoint import save_checkpoint as save_checkpoint
+Here is the model, with its parts, and what most scripts use. The folders hold the rest, each named
+in its own `__init__`: `layers`, `checkpoints`, `generation`, `training`, `distributed`,
+`processing`, and `linen` for Flax.
+"""
+
+from llama4_eqx.checkpoints import CheckpointError as CheckpointError
+from llama4_eqx.checkpoints import load_checkpoint as load_checkpoint
+from llama4_eqx.checkpoints import save_checkpoint as save_checkpoint
 from llama4_eqx.config import Llama4Config as Llama4Config
 from llama4_eqx.config import RopeScaling as RopeScaling
 from llama4_eqx.config import TextConfig as TextConfig
@@ -12,11 +17,20 @@ from llama4_eqx.config import determine_is_nope_layer as determine_is_nope_layer
 from llama4_eqx.decoder import Decoder as Decoder
 from llama4_eqx.decoder import DecoderBlock as DecoderBlock
 from llama4_eqx.decoder import DecoderLayer as DecoderLayer
-from llama4_eqx.generate import decode_step as decode_step
-from llama4_eqx.generate import generate as generate
-from llama4_eqx.generate import prefill as prefill
-from llama4_eqx.generate import stream as stream
-from llama4_eqx.layers.cache import KVCache as KVCache
+from llama4_eqx.generation import Greedy as Greedy
+from llama4_eqx.generation import Sample as Sample
+from llama4_eqx.generation import Sampler as Sampler
+from llama4_eqx.generation import decode_step as decode_step
+from llama4_eqx.generation import generate as generate
+from llama4_eqx.generation import prefill as prefill
+from llama4_eqx.generation import stream as stream
+from llama4_eqx.layers import MLP as MLP
+from llama4_eqx.layers import Attention as Attention
+from llama4_eqx.layers import KVCache as KVCache
+from llama4_eqx.layers import MoE as MoE
+from llama4_eqx.layers import RMSNorm as RMSNorm
+from llama4_eqx.layers import VisionAttention as VisionAttention
+from llama4_eqx.layers import token_positions as token_positions
 from llama4_eqx.model import Llama4 as Llama4
 from llama4_eqx.model import Output as Output
 from llama4_eqx.model import encode_images as encode_images
@@ -24,11 +38,10 @@ from llama4_eqx.projector import MultiModalProjector as MultiModalProjector
 from llama4_eqx.projector import PixelShuffleMLP as PixelShuffleMLP
 from llama4_eqx.projector import VisionMLP2 as VisionMLP2
 from llama4_eqx.projector import pixel_shuffle as pixel_shuffle
-from llama4_eqx.sampling import Greedy as Greedy
-from llama4_eqx.sampling import Sample as Sample
-from llama4_eqx.sampling import Sampler as Sampler
 from llama4_eqx.vision import UnfoldConvolution as UnfoldConvolution
 from llama4_eqx.vision import VisionEncoder as VisionEncoder
 from llama4_eqx.vision import VisionEncoderLayer as VisionEncoderLayer
 from llama4_eqx.vision import VisionMLP as VisionMLP
 from llama4_eqx.vision import VisionModel as VisionModel
+
+__version__ = "0.2.0"

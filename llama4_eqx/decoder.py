@@ -1,4 +1,4 @@
-"""The stack of decoder layers: a repeating cycle, stacked and scanned, and what is left over."""
+"""The stack of decoder layers: a repeating cycle, stacked and scanned, and the layers left over."""
 
 from functools import partial
 
@@ -10,26 +10,25 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.config import TextConfig
-from llama4_eqx.layers.across import ALONE, Across
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
-from llama4_eqx.layers.cache import Filled, KVCache, LayerCache
+from llama4_eqx.layers.cache import KVCache, LayerCache
+from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.lowrank import merged
-from llama4_eqx.layers.mask import Places
-from llama4_eqx.layers.mlp import MLP
+from llama4_eqx.layers.mlp import MLP, FeedForward
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
-from llama4_eqx.layers.remat import Keep, remat
-from llama4_eqx.layers.rope import RotaryEmbedding, Rotation
+from llama4_eqx.layers.remat import RematPolicy, rematerialise
+from llama4_eqx.layers.rope import RotaryEmbedding
 
 
 class DecoderLayer(eqx.Module):
-    """`h = x + self_attn(norm(x))`, then `h + feed_forward(norm(h))`, of any of the four kinds that
-    RoPE or NoPE and dense or mixture of experts make."""
+    """`h = x + self_attn(norm(x))`, then `h + feed_forward(norm(h))`; RoPE or NoPE, and dense or a
+    mixture of experts."""
 
     input_layernorm: RMSNorm
     self_attn: Attention
     post_attention_layernorm: RMSNorm
-    feed_forward: MLP | MoE
+    feed_forward: FeedForward
 
     def __init__(
         self, config: TextConfig, layer_id: int, *, dtype: DTypeLike, key: PRNGKeyArray
@@ -77,12 +76,9 @@ class DecoderLayer(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
-        places: Places,
-        rotation: Rotation,
+        context: Context,
         cache: LayerCache | None = None,
-        filled: Filled | None = None,
         *,
-        across: Across = ALONE,
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
@@ -90,15 +86,11 @@ class DecoderLayer(eqx.Module):
         Float[Array, "*batch seq experts"] | None,
     ]:
         """The layer's output, its cache, and its router's logits (None for a dense layer)."""
-        attended, cache = self.self_attn(
-            self.input_layernorm(x), places, rotation, cache, filled, across=across, key=key
-        )
+        attended, cache = self.self_attn(self.input_layernorm(x), context, cache, key=key)
         x = x + attended
-        normed = self.post_attention_layernorm(x)
-        if isinstance(self.feed_forward, MoE):
-            out, router_logits = self.feed_forward(normed, across=across)
-        else:
-            out, router_logits = self.feed_forward(normed, across=across), None
+        out, router_logits = self.feed_forward(
+            self.post_attention_layernorm(x), mesh_axes=context.mesh_axes
+        )
         return x + out, cache, router_logits
 
 
@@ -119,13 +111,10 @@ class DecoderBlock(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
-        places: Places,
-        rotation: Rotation,
+        context: Context,
         caches: tuple[LayerCache, ...] | None = None,
-        filled: Filled | None = None,
         *,
-        across: Across = ALONE,
-        keep: Keep = "products",
+        remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
@@ -136,10 +125,10 @@ class DecoderBlock(eqx.Module):
         keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
         router_logits, new_caches = [], []
 
-        @partial(remat, keep=keep)
+        @partial(rematerialise, policy=remat)
         def run(layer, x, cache, key):
-            layer = merged(across.whole(layer))
-            return layer(x, places, rotation, cache, filled, across=across, key=key)
+            layer = merged(context.mesh_axes.gather_params(layer))
+            return layer(x, context, cache, key=key)
 
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
@@ -151,12 +140,12 @@ class DecoderBlock(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """All layers, and the final norm.
+    """All layers and the final norm.
 
     `blocks` holds the repeats of the smallest cycle of the layer pattern: one `DecoderBlock` whose
-    leaves are stacked along a leading `layers` axis, run by `lax.scan` so that compile time doesn't
-    grow with depth. `tail` holds the layers left over, run one by one: those that don't fill a
-    cycle, all of an irregular pattern, or all of an `unstacked` decoder.
+    leaves are stacked along a leading `layers` axis and run by `lax.scan`, so that compile time
+    doesn't grow with depth. `tail` holds the layers that don't fill a cycle, unrolled: all of an
+    irregular pattern, or of an `unstacked` decoder.
     """
 
     blocks: DecoderBlock | None
@@ -191,23 +180,18 @@ class Decoder(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
-        places: Places,
+        context: Context,
         cache: KVCache | None = None,
-        filled: Filled | None = None,
         *,
-        across: Across = ALONE,
-        keep: Keep = "products",
+        remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
         KVCache | None,
         Float[Array, "layers *batch seq experts"],
     ]:
-        """The normed hidden states, the cache, and the router's logits of each MoE layer. `keep` is
-        what the backward pass keeps of each layer, see `remat`; `across` says how the work is
-        split, inside `jax.shard_map`."""
+        """The normed hidden states, the cache, and the router's logits of each MoE layer."""
         blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
-        rotation = self.rope(places.positions)
         caches = None if cache is None else cache.blocks
         router_logits = []
         if self.blocks is not None:
@@ -215,26 +199,22 @@ class Decoder(eqx.Module):
             repeats = self.depth_of_stack
             keys = None if blocks_key is None else jax.random.split(blocks_key, repeats)
 
-            # Caches are carried, and so changed in place; as the scan's results they'd be copied.
+            # Caches are carried, and so updated in place; as outputs of the scan they'd be copied.
             def step(carry, repeat):
                 (x, caches), (i, arrays, key) = carry, repeat
                 block = eqx.combine(arrays, static)
                 old = jax.tree.map(lambda all: all[i], caches)
-                x, new, logits = block(
-                    x, places, rotation, old, filled, across=across, keep=keep, key=key
-                )
+                x, new, logits = block(x, context, old, remat=remat, key=key)
                 return (x, jax.tree.map(lambda all, one: all.at[i].set(one), caches, new)), logits
 
             (x, caches), stacked_logits = lax.scan(
                 step, (x, caches), (jnp.arange(repeats), arrays, keys)
             )
             if stacked_logits:
-                in_order = jnp.stack(stacked_logits, axis=1)
-                router_logits.append(in_order.reshape(-1, *in_order.shape[2:]))
+                by_layer = jnp.stack(stacked_logits, axis=1)
+                router_logits.append(by_layer.reshape(-1, *by_layer.shape[2:]))
         tail_caches = None if cache is None else cache.tail
-        x, tail_caches, tail_logits = self.tail(
-            x, places, rotation, tail_caches, filled, across=across, keep=keep, key=tail_key
-        )
+        x, tail_caches, tail_logits = self.tail(x, context, tail_caches, remat=remat, key=tail_key)
         if tail_logits:
             router_logits.append(jnp.stack(tail_logits))
         if cache is not None:
@@ -243,25 +223,28 @@ class Decoder(eqx.Module):
             all_logits = jnp.concatenate(router_logits)
         else:
             all_logits = jnp.zeros((0, *x.shape[:-1], 0), x.dtype)
-        return across.whole(self.norm)(x), cache, all_logits
+        return context.mesh_axes.gather_params(self.norm)(x), cache, all_logits
 
     @property
     def depth_of_stack(self) -> int:
         """How many times the cycle in `blocks` repeats."""
-        return 0 if self.blocks is None else len(self.blocks.layers[0].input_layernorm.weight)
+        return 0 if self.blocks is None else jax.tree.leaves(self.blocks)[0].shape[0]
 
-    def layers(self) -> list[DecoderLayer]:
-        """Every layer by itself, in order, taken out of the stack."""
+    def unstacked_layers(self) -> list[DecoderLayer]:
+        """All layers in order, each with arrays of its own."""
         repeats = [
             jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.depth_of_stack)
         ]
         return [layer for block in (*repeats, self.tail) for layer in block.layers]
 
     def unstacked(self) -> "Decoder":
-        """The same decoder with every layer in `tail`. Costs compile time in proportion to depth;
-        on a CPU it decodes much faster, since a scan copies each layer's weights before using
-        them."""
-        tail = eqx.tree_at(lambda block: block.layers, self.tail, tuple(self.layers()))
+        """The same decoder with every layer in `tail`.
+
+        Compile time grows with depth, but on a CPU decoding is much faster, since a scan copies
+        each layer's weights before it uses them.
+        """
+        layers = tuple(self.unstacked_layers())
+        tail = eqx.tree_at(lambda block: block.layers, self.tail, layers)
         return eqx.tree_at(
             lambda d: (d.blocks, d.tail), self, (None, tail), is_leaf=lambda leaf: leaf is None
         )
@@ -271,23 +254,14 @@ class Decoder(eqx.Module):
     ) -> KVCache:
         """See `Llama4.empty_cache`."""
 
-        def empty(layer: DecoderLayer, *stack: int) -> LayerCache:
-            attention = layer.self_attn
-            kv_heads, head_dim = attention.k_proj.shape[-3:-1]
-            slots = min(attention.chunk_size or capacity, capacity)
-            return LayerCache.empty(
-                (*stack, *batch_shape),
-                kv_heads=kv_heads,
-                slots=slots,
-                head_dim=head_dim,
-                dtype=attention.k_proj.dtype,
-            )
-
         repeats = self.depth_of_stack
         blocks = () if self.blocks is None else self.blocks.layers
+        stacked_shape = (repeats, *batch_shape)
         return KVCache(
-            blocks=tuple(empty(layer, repeats) for layer in blocks),
-            tail=tuple(empty(layer) for layer in self.tail.layers),
+            blocks=tuple(layer.self_attn.empty_cache(stacked_shape, capacity) for layer in blocks),
+            tail=tuple(
+                layer.self_attn.empty_cache(batch_shape, capacity) for layer in self.tail.layers
+            ),
             start=jnp.full(batch_shape, start, jnp.int32),
             length=jnp.zeros(batch_shape, jnp.int32),
             capacity=capacity,

@@ -14,14 +14,14 @@ from jaxtyping import PRNGKeyArray
 from llama4_eqx.axes import axis_words, leaf_name
 
 # Linen's logical axis rules: each of our axis words, and the mesh axis that it is cut along.
-Rules = tuple[tuple[str, str | None], ...]
+LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
 
 def as_linen(
     make: Callable[[PRNGKeyArray], eqx.Module],
     *,
     mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    rules: LogicalAxisRules | None = None,
     name: str | None = None,
 ) -> nn.Module:
     """A Linen module that calls the module `make(key)`, and whose parameters Linen owns.
@@ -40,7 +40,7 @@ def as_linen(
 class _AsLinen(nn.Module):
     make: Callable[[PRNGKeyArray], eqx.Module]
     mesh: Mesh | None
-    rules: Rules | None
+    rules: LogicalAxisRules | None
 
     @nn.compact
     def __call__(self, *args: Any, **options: Any) -> Any:

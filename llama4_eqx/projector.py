@@ -9,17 +9,18 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.linear import linear
 
 
 def pixel_shuffle(
     patches: Float[Array, "*batch patches channels"], ratio: float, *, rows: int | None = None
 ) -> Float[Array, "*batch image_tokens shuffled"]:
-    """Merges each square of `1 / ratio` by `1 / ratio` neighbouring patches into one token, which
-    has their channels one after the other: those of a row of the square together.
+    """Merges each square of `1 / ratio` by `1 / ratio` neighbouring patches into one token, whose
+    features are theirs concatenated in row-major order.
 
-    Patches come row by row, in `rows` rows; as many as columns where None. Raises a `ValueError`
-    where the squares don't cover the patches. Source: `pixel_shuffle` of `transformers`' Llama 4.
+    The patches fill `rows` rows in row-major order, a square if None. Raises a `ValueError` if the
+    merged squares don't cover them exactly. Source: `pixel_shuffle` of `transformers`' Llama 4.
     """
     *batch, count, channels = patches.shape
     side = round(1 / ratio)
@@ -43,7 +44,7 @@ def pixel_shuffle(
 
 
 class VisionMLP2(eqx.Module):
-    """`gelu(fc2(dropout(gelu(fc1(x)))))` with the exact GELU, also after the last product."""
+    """`gelu(fc2(dropout(gelu(fc1(x)))))` with the exact GELU, also at the output."""
 
     fc1: Float[Array, "vision_mid vision_ff"]
     fc2: Float[Array, "vision_out vision_mid"]
@@ -69,10 +70,7 @@ class VisionMLP2(eqx.Module):
         self, x: Float[Array, "*batch vision_ff"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch vision_out"]:
         mid = jax.nn.gelu(linear(x, self.fc1), approximate=False)
-        if key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, mid.shape)
-            mid = jnp.where(kept, mid / (1 - self.dropout), 0)
-        return jax.nn.gelu(linear(mid, self.fc2), approximate=False)
+        return jax.nn.gelu(linear(dropout(mid, self.dropout, key), self.fc2), approximate=False)
 
 
 class PixelShuffleMLP(eqx.Module):
@@ -93,7 +91,7 @@ class PixelShuffleMLP(eqx.Module):
 
 
 class MultiModalProjector(eqx.Module):
-    """One product without bias, to the decoder's width."""
+    """A bias-free linear map to the decoder's width."""
 
     linear_1: Float[Array, "hidden vision_out"]
 

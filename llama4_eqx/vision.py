@@ -1,4 +1,4 @@
-"""The vision encoder: pixels of a tile in, one feature per image token out."""
+"""The vision encoder: a tile's pixels in, features of its image tokens out."""
 
 from functools import partial
 
@@ -14,15 +14,15 @@ from llama4_eqx.config import VisionConfig
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.norm import LayerNorm
-from llama4_eqx.layers.remat import Keep, remat
+from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import Rotation
 from llama4_eqx.layers.vision_attention import VisionAttention, rotation_2d
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
 
 
 class UnfoldConvolution(eqx.Module):
-    """Cuts an image into patches that don't overlap, row by row, and maps each one's pixels (by
-    channel, row and column) to a vector. No bias."""
+    """Splits an image into non-overlapping patches in row-major order, and maps the pixels of each
+    (ordered by channel, row, column) to a vector. No bias."""
 
     linear: Float[Array, "vision_hidden channels patch patch"]
 
@@ -45,14 +45,14 @@ class UnfoldConvolution(eqx.Module):
         patch = self.linear.shape[-1]
         if height % patch or width % patch:
             raise ValueError(
-                f"An image of {height} x {width} pixels can't be cut into patches of "
+                f"An image of {height} x {width} pixels can't be split into patches of "
                 f"{patch} x {patch}: resize it to multiples of {patch}."
             )
         rows, columns = height // patch, width // patch
-        cut = pixels.reshape(*batch, channels, rows, patch, columns, patch)
+        patches = pixels.reshape(*batch, channels, rows, patch, columns, patch)
         # channels, rows, patch, columns, patch -> rows, columns, channels, patch, patch
-        cut = jnp.moveaxis(cut, (-4, -2), (-5, -4)).reshape(*batch, rows * columns, -1)
-        return linear(cut, self.linear.reshape(len(self.linear), -1))
+        patches = jnp.moveaxis(patches, (-4, -2), (-5, -4)).reshape(*batch, rows * columns, -1)
+        return linear(patches, self.linear.reshape(len(self.linear), -1))
 
 
 class VisionMLP(eqx.Module):
@@ -122,12 +122,13 @@ class VisionEncoderLayer(eqx.Module):
 
 
 class VisionEncoder(eqx.Module):
-    """The layers, stacked along a leading `layers` axis and scanned."""
+    """The encoder's layers: one `VisionEncoderLayer` whose leaves are stacked along a leading
+    `layers` axis, scanned."""
 
-    layers: VisionEncoderLayer
+    blocks: VisionEncoderLayer
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> None:
-        self.layers = eqx.filter_vmap(lambda key: VisionEncoderLayer(config, dtype=dtype, key=key))(
+        self.blocks = eqx.filter_vmap(lambda key: VisionEncoderLayer(config, dtype=dtype, key=key))(
             jax.random.split(key, config.num_hidden_layers)
         )
 
@@ -136,14 +137,14 @@ class VisionEncoder(eqx.Module):
         x: Float[Array, "*batch patches vision_hidden"],
         rotation: Rotation,
         *,
-        keep: Keep = "products",
+        remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
-        arrays, static = eqx.partition(self.layers, eqx.is_array)
-        depth = len(self.layers.input_layernorm.weight)
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        depth = jax.tree.leaves(arrays)[0].shape[0]
         keys = None if key is None else jax.random.split(key, depth)
 
-        @partial(remat, keep=keep)
+        @partial(rematerialise, policy=remat)
         def run(layer, x, key):
             return merged(layer)(x, rotation, key=key)
 
@@ -155,8 +156,8 @@ class VisionEncoder(eqx.Module):
 
 
 class VisionModel(eqx.Module):
-    """Patches, a class token *after* them, learned positions, the encoder between two norms, and
-    the pixel-shuffle adapter; the class token is dropped before the adapter."""
+    """Patch embedding, a class token *after* the patches, learned positions, the encoder between
+    two norms, and the pixel-shuffle adapter, before which the class token is dropped."""
 
     patch_embedding: UnfoldConvolution
     class_embedding: Float[Array, "vision_hidden"]
@@ -203,13 +204,13 @@ class VisionModel(eqx.Module):
         self,
         pixel_values: Float[Array, "*batch channels height width"],
         *,
-        keep: Keep = "products",
+        remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch image_tokens vision_out"]:
-        """The features of each tile's image tokens, row by row. `keep` is what the backward pass
-        keeps of each layer; `key` turns dropout on.
+        """The features of each tile's image tokens, in row-major order. With a `key`, dropout is
+        on.
 
-        Raises a `ValueError` for a tile whose patches are not as many as the learned positions.
+        Raises a `ValueError` for a tile with another number of patches than learned positions.
         """
         encoder_key, adapter_key = (None, None) if key is None else jax.random.split(key)
         x = self.patch_embedding(pixel_values)
@@ -223,8 +224,8 @@ class VisionModel(eqx.Module):
             )
         class_token = jnp.broadcast_to(self.class_embedding, (*x.shape[:-2], 1, x.shape[-1]))
         x = jnp.concatenate([x, class_token], axis=-2) + self.positional_embedding_vlm
-        heads_dim = self.model.layers.self_attn.q_proj.shape[-2]
+        heads_dim = self.model.blocks.self_attn.q_proj.shape[-2]
         rotation = rotation_2d(rows, columns, heads_dim, self.rope_theta)
-        x = self.model(self.layernorm_pre(x), rotation, keep=keep, key=encoder_key)
+        x = self.model(self.layernorm_pre(x), rotation, remat=remat, key=encoder_key)
         features = self.layernorm_post(x)[..., :-1, :]
         return self.vision_adapter(features, rows=rows, key=adapter_key)

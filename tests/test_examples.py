@@ -79,15 +79,15 @@ def folder(text_run):
 
 # In the second process, when it gets its fourth batch.
 DEATH = """
-example.SAVE_EVERY, spread, calls = 2, example.spread, []
+example.SAVE_EVERY, device_put_global, calls = 2, example.device_put_global, []
 import jax, os, signal, time
 def spread_or_die(batch, place):
     calls.append(1)
     if jax.process_index() == 1 and len(calls) == 4:
         open("died", "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
-    return spread(batch, place)
-example.spread = spread_or_die
+    return device_put_global(batch, place)
+example.device_put_global = spread_or_die
 """
 
 

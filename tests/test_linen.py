@@ -67,10 +67,10 @@ def test_init_draws_what_the_module_draws(variables):
     """Weights have the configured spread, norms are ones, and another key gives other weights."""
     params = nn.unbox(variables)["params"]["vision"]
     np.testing.assert_array_equal(params["layernorm_pre.weight"], 1)
-    spread = jnp.std(params["model.layers.mlp.fc1"])
+    spread = jnp.std(params["model.blocks.mlp.fc1"])
     np.testing.assert_allclose(spread, VISION.initializer_range, rtol=0.05)
     other = nn.unbox(Classifier().init(jax.random.key(1), PIXELS))["params"]["vision"]
-    assert not np.allclose(params["model.layers.mlp.fc1"], other["model.layers.mlp.fc1"])
+    assert not np.allclose(params["model.blocks.mlp.fc1"], other["model.blocks.mlp.fc1"])
 
 
 def test_gradients_reach_every_parameter(variables):
@@ -100,13 +100,13 @@ def test_on_a_mesh(variables):
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(model.init, jax.random.key(0), PIXELS)
         specs = nn.get_partition_spec(shapes)
-        assert specs["params"]["vision"]["model.layers.mlp.fc1"] == PartitionSpec(
+        assert specs["params"]["vision"]["model.blocks.mlp.fc1"] == PartitionSpec(
             "layers", "vision_ff", "vision_hidden"
         )
         shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
         pixels = jax.device_put(PIXELS, NamedSharding(mesh, PartitionSpec("data")))
         sharded = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0), pixels)
-        fc1 = nn.unbox(sharded)["params"]["vision"]["model.layers.mlp.fc1"]
+        fc1 = nn.unbox(sharded)["params"]["vision"]["model.blocks.mlp.fc1"]
         assert fc1.addressable_shards[0].data.shape[1] == VISION.intermediate_size // 2
         for ours, whole in zip(jax.tree.leaves(sharded), jax.tree.leaves(variables), strict=True):
             np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-7)

@@ -96,7 +96,7 @@ def test_pixel_shuffle_errors(patches, ratio, rows, sentence):
 
 def test_modules_alone(pair):
     reference, model = pair
-    layer = jax.tree.map(lambda leaf: leaf[1], model.vision_model.model.layers)
+    layer = jax.tree.map(lambda leaf: leaf[1], model.vision_model.model.blocks)
     their_layer = reference.vision_model.model.layers[1]
     x = random_features(2, 17, 32)
     assert relative_error(layer.mlp(x), their_layer.mlp(as_torch(x)).detach()) < TOLERANCE

@@ -1,6 +1,7 @@
-"""Grouped-query attention of the text decoder, for both of its layer kinds."""
+"""Grouped-query attention of the text decoder, for RoPE and NoPE layers."""
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -9,17 +10,23 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.across import ALONE, Across, Axes, enter, leave, own_key
 from llama4_eqx.layers.blockwise import attention
-from llama4_eqx.layers.cache import Filled, Keys, LayerCache
+from llama4_eqx.layers.cache import CacheSpan, KeysValues, LayerCache
+from llama4_eqx.layers.collectives import (
+    AxisNames,
+    MeshAxes,
+    fold_in_axis_index,
+    psum_over,
+    pvary,
+)
+from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import project, unproject
-from llama4_eqx.layers.mask import Places
+from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
-from llama4_eqx.layers.rope import Rotation
 
 
 class TemperatureTuning(eqx.Module):
-    """Sharpens attention as the context grows: queries at position p are scaled by
+    """Sharpens attention as the context grows: scales queries at position p by
     `1 + attn_scale · log(1 + floor((p + 1) / floor_scale))`."""
 
     attn_scale: float = eqx.field(static=True)
@@ -39,9 +46,9 @@ class TemperatureTuning(eqx.Module):
 class Attention(eqx.Module):
     """Causal grouped-query attention, `softmax(q · k / √head_dim) · v`.
 
-    RoPE layers turn queries and keys and then, where `qk_norm_eps` is set, normalise them. NoPE
-    layers do neither, but may tune the temperature. With a `chunk_size`, a query sees only keys of
-    its own chunk of absolute positions: not a sliding window.
+    RoPE layers rotate queries and keys and then, if `qk_norm_eps` is set, normalise them. NoPE
+    layers do neither, but may tune the temperature. With a `chunk_size`, a query attends only to
+    keys of its own chunk of absolute positions: not a sliding window.
     """
 
     q_proj: Float[Array, "heads head_dim hidden"]
@@ -94,74 +101,96 @@ class Attention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
-        places: Places,
-        rotation: Rotation,
+        context: Context,
         cache: LayerCache | None = None,
-        filled: Filled | None = None,
         *,
-        across: Across = ALONE,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch seq hidden"], LayerCache | None]:
-        """The layer's output, and its cache with these tokens in it."""
-        x = enter(x, across.heads)
+        """The layer's output, and its cache with these tokens stored."""
+        mesh_axes = context.mesh_axes
+        x = pvary(x, mesh_axes.heads)
         q = project(x, self.q_proj, self.q_bias)
         k = project(x, self.k_proj, self.k_bias)
         v = project(x, self.v_proj, self.v_bias)
         if self.use_rope:
-            q, k = rotation(q), rotation(k)
+            q, k = context.rotation(q), context.rotation(k)
             if self.qk_norm_eps is not None:
                 q, k = rms_normalize(q, self.qk_norm_eps), rms_normalize(k, self.qk_norm_eps)
         elif self.temperature is not None:
-            q = self.temperature(q, places.positions)
+            q = self.temperature(q, context.tokens.positions)
 
         q, k, v = (jnp.swapaxes(part, -2, -3) for part in (q, k, v))  # heads before seq
-        keys, split = Keys(k, v, places), ()
-        if cache is not None and filled is not None:
-            cache, keys, split = self._recall(cache, filled, keys, across)
-        elif not self._keeps_to_itself(places):
-            keys = keys.gathered(across, across.seq)
+        new, axis_names = KeysValues(k, v, context.tokens), ()
+        if cache is not None and context.span is not None:
+            cache, attended, axis_names = self._with_cache(cache, context.span, new, mesh_axes)
+        elif self._chunks_are_local(context.tokens):
+            attended = new
+        else:
+            attended = new.all_gather(mesh_axes, mesh_axes.seq)
         out = _over_one_batch_axis(
             attention,
             q,
-            keys.k,
-            keys.v,
-            places,
-            keys.places,
+            attended.k,
+            attended.v,
+            context.tokens,
+            attended.tokens,
             chunk_size=self.chunk_size,
             scale=self.q_proj.shape[1] ** -0.5,
-            dropout=self.dropout,
-            split=split,
-            key=own_key(key, (*across.tokens, *across.heads)),
+            dropout_rate=self.dropout,
+            axis_names=axis_names,
+            key=fold_in_axis_index(key, (*mesh_axes.tokens, *mesh_axes.heads)),
         )
-        out = leave(unproject(jnp.swapaxes(out, -2, -3), self.o_proj, None), across.heads)
+        out = unproject(jnp.swapaxes(out, -2, -3), self.o_proj, None)
+        out = psum_over(out, mesh_axes.heads)
         return out if self.o_bias is None else out + self.o_bias, cache
 
-    def _keeps_to_itself(self, places: Places) -> bool:
-        """Whether no token sees one of another device, if each has a part of the sequence."""
-        if self.chunk_size is None or not places.in_order:
-            return False
-        return places.positions.shape[-1] % self.chunk_size == 0
+    def empty_cache(self, batch_shape: tuple[int, ...], capacity: int) -> LayerCache:
+        """A cache for rows of at most `capacity` tokens: one chunk of them if the layer is
+        chunk-local."""
+        kv_heads, head_dim = self.k_proj.shape[-3:-1]
+        return LayerCache.empty(
+            batch_shape,
+            kv_heads=kv_heads,
+            slots=min(self.chunk_size or capacity, capacity),
+            head_dim=head_dim,
+            dtype=self.k_proj.dtype,
+        )
 
-    def _recall(
-        self, cache: LayerCache, filled: Filled, new: Keys, across: Across
-    ) -> tuple[LayerCache, Keys, Axes]:
-        """The new cache, and the keys to attend to with the mesh axes along which they are cut."""
-        new = new.gathered(across, across.seq, shared=True)
-        longer = cache.append(new, filled.after, across.slots)
+    def _chunks_are_local(self, tokens: TokenPositions) -> bool:
+        """Whether every chunk lies on one device, if the sequence is sharded."""
+        if self.chunk_size is None or not tokens.contiguous:
+            return False
+        return tokens.positions.shape[-1] % self.chunk_size == 0
+
+    def _with_cache(
+        self, cache: LayerCache, span: CacheSpan, new: KeysValues, mesh_axes: MeshAxes
+    ) -> tuple[LayerCache, KeysValues, AxisNames]:
+        """The updated cache, the keys to attend to, and the mesh axes that shard these."""
+        slots = mesh_axes.slots
+        new = new.all_gather(mesh_axes, mesh_axes.seq, shared=True)
+        updated = cache.update(new, span.new_end, slots)
         single = new.k.shape[-2] == 1
         if self.chunk_size is None or single:
-            held = longer.keys(filled.first, filled.after, across.slots)
+            held = updated.read(span.start, span.new_end, slots)
             if single:
-                return longer, held, across.slots
-            return longer, held.gathered(across, across.slots), ()
+                return updated, held, slots
+            return updated, held.all_gather(mesh_axes, slots), ()
         # Several tokens may cross a chunk's edge and overwrite keys that the earlier of them
         # still need: attend to the old ring and the new tokens instead.
-        old = cache.keys(filled.first, filled.before, across.slots)
-        return longer, old.gathered(across, across.slots).followed_by(new), ()
+        old = cache.read(span.start, span.old_end, slots)
+        return updated, old.all_gather(mesh_axes, slots).concatenate(new), ()
 
 
-def _over_one_batch_axis(function, q, k, v, queries, keys, **options):
-    """Calls `function`, which takes one batch axis, on any leading batch axes."""
+def _over_one_batch_axis(
+    function: Callable[..., Array],
+    q: Float[Array, "*batch heads q_seq head_dim"],
+    k: Float[Array, "*batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "*batch kv_heads kv_seq head_dim"],
+    queries: TokenPositions,
+    keys: TokenPositions,
+    **options: object,
+) -> Float[Array, "*batch heads q_seq head_dim"]:
+    """Calls `function`, which takes one batch axis, on any number of them."""
     batch_shape = q.shape[:-3]
     size = math.prod(batch_shape)
     q, k, v, queries, keys = jax.tree.map(

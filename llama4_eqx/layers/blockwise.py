@@ -1,9 +1,9 @@
 """The attention core: one function of positions and segments for training, prefill and decode.
 
-Whether a query sees a key is decided by `mask.visible` alone. The blockwise form never holds all
-scores at once (an online softmax, as in FlashAttention, https://arxiv.org/abs/2205.14135) and
-leaves out the blocks of keys that no query of a block can see, wherever these lie; the dense form
-is the same in one piece.
+Whether a query attends to a key is decided by `mask.attention_mask` alone. The blockwise form is an
+online softmax that never holds all scores at once (FlashAttention, https://arxiv.org/abs/2205.14135)
+and skips the blocks of keys that no query of a block attends to; the dense form computes the same
+in one product.
 """
 
 import equinox as eqx
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.across import Axes, alike, leave
-from llama4_eqx.layers.mask import Places, visible
-from llama4_eqx.layers.remat import kept
+from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
+from llama4_eqx.layers.dropout import dropout
+from llama4_eqx.layers.mask import TokenPositions, attention_mask
+from llama4_eqx.layers.remat import save_residual
 
 # The fastest on CPUs, for causal and chunk-local layers alike: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
@@ -28,51 +29,52 @@ def attention(
     q: Float[Array, "batch heads q_seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    queries: Places,
-    keys: Places,
+    queries: TokenPositions,
+    keys: TokenPositions,
     *,
     chunk_size: int | None,
     scale: float,
-    dropout: float = 0.0,
-    split: Axes = (),
+    dropout_rate: float = 0.0,
+    axis_names: AxisNames = (),
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
-    """Softmax attention of each query over the keys that it sees; zeros where it sees none.
+    """Softmax attention of each query over the keys in its mask; zeros where that is empty.
 
     Equal runs of query heads share a key head (grouped-query attention). Scores and softmax are
-    in float32. `dropout` drops single probabilities, and only if there is a `key`. Inside
-    `jax.shard_map`, the devices along mesh axes `split` may each have a part of the keys.
+    in float32. Dropout of attention probabilities needs a `key`. Inside `jax.shard_map` the keys
+    may be sharded along mesh axes `axis_names`.
     """
-    settings = {"chunk_size": chunk_size, "scale": scale, "dropout": dropout, "key": key}
-    if split or q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2:
-        return dense_attention(q, k, v, queries, keys, split=split, **settings)
-    return blockwise_attention(*alike(q, k, v, queries, keys), **settings)
+    settings = {"chunk_size": chunk_size, "scale": scale, "dropout_rate": dropout_rate, "key": key}
+    if axis_names or q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2:
+        return dense_attention(q, k, v, queries, keys, axis_names=axis_names, **settings)
+    return blockwise_attention(*match_vma(q, k, v, queries, keys), **settings)
 
 
 def dense_attention(
     q: Float[Array, "batch heads q_seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    queries: Places,
-    keys: Places,
+    queries: TokenPositions,
+    keys: TokenPositions,
     *,
     chunk_size: int | None,
     scale: float,
-    dropout: float = 0.0,
-    split: Axes = (),
+    dropout_rate: float = 0.0,
+    axis_names: AxisNames = (),
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
-    """`attention` in one piece: the faster form of small problems, and the oracle of the other
-    one (which drops the same probabilities if it has a single pair of blocks)."""
-    settings = _Settings(chunk_size, scale, dropout)
-    rows, row_places = _fold(q, queries, k.shape[1])
-    scores = _scores(settings, rows, k, row_places, keys)
+    """`attention` with all scores at once: faster for small problems, and the oracle of the
+    blockwise form (whose dropout is the same if it has a single pair of blocks)."""
+    settings = _Settings(chunk_size, scale, dropout_rate)
+    rows, row_tokens = _fold(q, queries, k.shape[1])
+    scores = _scores(settings, rows, k, row_tokens, keys)
     top = lax.stop_gradient(scores.max(-1, keepdims=True, initial=LOWEST))
-    top = lax.pmax(top, split) if split else top
+    top = lax.pmax(top, axis_names) if axis_names else top
     weights = jnp.exp(scores - top)
-    total = leave(weights.sum(-1, keepdims=True), split)
-    kept = _drop(settings, weights, key, 0, 0).astype(v.dtype)
-    out = leave(_product("bkrs,bksd->bkrd", kept, v), split) / jnp.where(total == 0, 1, total)
+    total = psum_over(weights.sum(-1, keepdims=True), axis_names)
+    dropped = _drop(settings, weights, key, 0, 0).astype(v.dtype)
+    out = psum_over(_product("bkrs,bksd->bkrd", dropped, v), axis_names)
+    out /= jnp.where(total == 0, 1, total)
     return _unfold(out.astype(q.dtype), q.shape[1])
 
 
@@ -80,30 +82,30 @@ def blockwise_attention(
     q: Float[Array, "batch heads q_seq head_dim"],
     k: Float[Array, "batch kv_heads kv_seq head_dim"],
     v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    queries: Places,
-    keys: Places,
+    queries: TokenPositions,
+    keys: TokenPositions,
     *,
     chunk_size: int | None,
     scale: float,
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
     key: PRNGKeyArray | None = None,
     blocks: tuple[int, int] = (BLOCK, BLOCK),
 ) -> Float[Array, "batch heads q_seq head_dim"]:
-    """`attention` by blocks of at most so many queries and keys: memory is linear in the lengths,
-    and only pairs of blocks in which something may be seen cost time, forward and backward.
+    """`attention` by pairs of blocks, of at most `blocks` queries and keys: memory is linear in the
+    lengths, and pairs that the mask leaves empty cost no time, forward or backward.
 
     Has no forward-mode derivative.
     """
-    rows, row_places = _fold(q, queries, k.shape[1])
+    rows, row_tokens = _fold(q, queries, k.shape[1])
     row_block = _block(q.shape[2], blocks[0]) * (q.shape[1] // k.shape[1])
     kv_block = _block(k.shape[2], blocks[1])
     out = _blockwise(
-        _Settings(chunk_size, scale, dropout),
-        _split(rows, row_block, axis=2),
-        _split(k, kv_block, axis=2),
-        _split(v, kv_block, axis=2),
-        jax.tree.map(lambda x: _split(x, row_block, axis=1, fill=-1), row_places),
-        jax.tree.map(lambda x: _split(x, kv_block, axis=1, fill=-1), keys),
+        _Settings(chunk_size, scale, dropout_rate),
+        _into_blocks(rows, row_block, axis=2),
+        _into_blocks(k, kv_block, axis=2),
+        _into_blocks(v, kv_block, axis=2),
+        jax.tree.map(lambda x: _into_blocks(x, row_block, axis=1, fill=-1), row_tokens),
+        jax.tree.map(lambda x: _into_blocks(x, kv_block, axis=1, fill=-1), keys),
         key,
     )
     out = jnp.moveaxis(out, 0, 2).reshape(*rows.shape[:2], -1, rows.shape[-1])
@@ -113,13 +115,13 @@ def blockwise_attention(
 class _Settings(eqx.Module):
     chunk_size: int | None = eqx.field(static=True)
     scale: float = eqx.field(static=True)
-    dropout: float = eqx.field(static=True)
+    dropout_rate: float = eqx.field(static=True)
 
 
 def _fold(
-    q: Float[Array, "batch heads q_seq head_dim"], queries: Places, kv_heads: int
-) -> tuple[Array, Places]:
-    """Makes the query heads that share a key head into rows of one head, each with its place."""
+    q: Float[Array, "batch heads q_seq head_dim"], queries: TokenPositions, kv_heads: int
+) -> tuple[Array, TokenPositions]:
+    """Folds the query heads that share a key head into the rows of one head."""
     batch, heads, q_seq, head_dim = q.shape
     if heads % kv_heads:
         raise ValueError(
@@ -140,56 +142,57 @@ def _unfold(rows: Array, heads: int) -> Float[Array, "batch heads q_seq head_dim
 
 
 def _block(length: int, limit: int) -> int:
-    """Shares a length evenly among the fewest blocks, in steps of 16 so as to keep to the edges
-    of chunks where that costs little."""
+    """The size of the fewest, most even blocks, rounded up to 16 so that their edges tend to be
+    those of chunks."""
     even = -(-length // -(-length // limit))
     return min(-(-even // 16) * 16, limit, length)
 
 
-def _split(x: Array, block: int, axis: int, fill: int = 0) -> Array:
-    """Cuts an axis into blocks, the last one filled up; the number of the block comes first."""
+def _into_blocks(x: Array, block: int, axis: int, fill: int = 0) -> Array:
+    """Splits an axis into blocks, the last one padded; the blocks' axis comes first."""
     padding = [(0, -size % block if i == axis else 0) for i, size in enumerate(x.shape)]
     x = jnp.pad(x, padding, constant_values=fill)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _at(places: Places, j: Int[Array, ""]) -> Places:
-    return jax.tree.map(lambda x: x[j], places)
+def _at(tokens: TokenPositions, j: Int[Array, ""]) -> TokenPositions:
+    return jax.tree.map(lambda x: x[j], tokens)
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
 
-def _scores(settings: _Settings, q: Array, k: Array, queries: Places, keys: Places) -> Array:
-    seen = visible(queries, keys, settings.chunk_size)[:, None]
-    return jnp.where(seen, _product("bkrd,bksd->bkrs", q, k) * settings.scale, -jnp.inf)
+def _scores(
+    settings: _Settings, q: Array, k: Array, queries: TokenPositions, keys: TokenPositions
+) -> Array:
+    mask = attention_mask(queries, keys, settings.chunk_size)[:, None]
+    return jnp.where(mask, _product("bkrd,bksd->bkrs", q, k) * settings.scale, -jnp.inf)
 
 
 def _drop(
     settings: _Settings, x: Array, key: PRNGKeyArray | None, i: int | Array, j: int | Array
 ) -> Array:
-    """Dropout in a pair of blocks: whenever it is visited, the same entries fall."""
-    if key is None or settings.dropout == 0:
-        return x
-    pair_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
-    kept = jax.random.bernoulli(pair_key, 1 - settings.dropout, x.shape)
-    return jnp.where(kept, x / (1 - settings.dropout), 0)
+    """Dropout in a pair of blocks: the same entries each time that the pair is computed."""
+    if key is not None:
+        key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+    return dropout(x, settings.dropout_rate, key)
 
 
 def _visits(
-    queries: Places, keys: Places, chunk_size: int | None
+    queries: TokenPositions, keys: TokenPositions, chunk_size: int | None
 ) -> tuple[Int[Array, "q_blocks kv_blocks"], Int[Array, " q_blocks"]]:
-    """For each block of queries: the blocks of keys with those that it must visit first, and how
-    many these are. Every other block lies, in all rows of the batch, outside the ranges of
-    positions and segments that the queries see. Blocks of keys may come in any order: a cache may
-    be a ring.
+    """For each block of queries, the blocks of keys, those to visit first, and how many these are.
+
+    A block of keys is skipped if, in every row of the batch, it lies outside the ranges of
+    positions and segments that the queries attend to. Blocks of keys may come in any order, since a
+    cache is a ring.
     """
 
-    def low(x: Array, of: Places) -> Array:
+    def low(x: Array, of: TokenPositions) -> Array:
         return jnp.where(of.segments < 0, jnp.iinfo(x.dtype).max, x).min(-1)
 
-    def high(x: Array, of: Places) -> Array:
+    def high(x: Array, of: TokenPositions) -> Array:
         return jnp.where(of.segments < 0, jnp.iinfo(x.dtype).min, x).max(-1)
 
     visit = low(keys.positions, keys) <= high(queries.positions, queries)[:, None]
@@ -208,8 +211,8 @@ def _blockwise(
     q: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
     k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
     v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
-    queries: Places,
-    keys: Places,
+    queries: TokenPositions,
+    keys: TokenPositions,
     key: PRNGKeyArray | None,
 ) -> Float[Array, "q_blocks batch kv_heads q_block head_dim"]:
     return _forward(settings, q, k, v, queries, keys, key)[0]
@@ -226,8 +229,8 @@ def _forward(settings, q, k, v, queries, keys, key):
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(-1, keepdims=True)
-            kept = _drop(settings, weights, key, i, j).astype(v.dtype)
-            out = out * shrink + _product("bkrs,bksd->bkrd", kept, v[j])
+            dropped = _drop(settings, weights, key, i, j).astype(v.dtype)
+            out = out * shrink + _product("bkrs,bksd->bkrd", dropped, v[j])
             return out, new_top, total
 
         zeros = jnp.zeros_like(q_i[..., :1], jnp.float32)
@@ -238,7 +241,7 @@ def _forward(settings, q, k, v, queries, keys, key):
 
     visits = _visits(queries, keys, settings.chunk_size)
     out, logsumexp = lax.map(attend, (jnp.arange(q.shape[0]), q, queries, *visits))
-    out, logsumexp = kept((out, logsumexp))
+    out, logsumexp = save_residual((out, logsumexp))
     return out, (settings, q, k, v, queries, keys, key, out, logsumexp)
 
 
@@ -247,7 +250,7 @@ def _backward(residuals, d_out):
 
     def attend(d_kv, block):
         i, q_i, queries_i, out_i, logsumexp_i, d_out_i, visits, count = block
-        # The part of each row's derivative that normalising to a sum of 1 takes away.
+        # What normalising to a sum of 1 subtracts from the derivative of each row.
         mean = (out_i.astype(jnp.float32) * d_out_i.astype(jnp.float32)).sum(-1, keepdims=True)
 
         def visit(n, state):
@@ -255,12 +258,12 @@ def _backward(residuals, d_out):
             j = visits[n]
             scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
             weights = jnp.exp(scores - logsumexp_i)
-            kept = _drop(settings, weights, key, i, j).astype(v.dtype)
+            dropped = _drop(settings, weights, key, i, j).astype(v.dtype)
             d_weights = _drop(settings, _product("bkrd,bksd->bkrs", d_out_i, v[j]), key, i, j)
             d_scores = (weights * (d_weights - mean) * settings.scale).astype(q.dtype)
             d_q_i += _product("bkrs,bksd->bkrd", d_scores, k[j])
             d_k = d_k.at[j].add(_product("bkrs,bkrd->bkds", d_scores, q_i))
-            d_v = d_v.at[j].add(_product("bkrs,bkrd->bkds", kept, d_out_i))
+            d_v = d_v.at[j].add(_product("bkrs,bkrd->bkds", dropped, d_out_i))
             return d_q_i, d_k, d_v
 
         start = jnp.zeros_like(q_i, jnp.float32), *d_kv

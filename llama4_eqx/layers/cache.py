@@ -1,9 +1,9 @@
-"""Keys and values of the tokens that a model has already read.
+"""Keys and values of tokens read before.
 
-Each layer's cache is a ring: a token at position p lies in slot `p % slots`. Global layers have a
-slot for every token; chunk-local ones never need more than one chunk. What a slot holds follows
-from the positions that a row has reached, so no bookkeeping is stored, padding takes no room, and
-rows of different lengths share a batch.
+Each layer's cache is a ring buffer: the token at position p is stored in slot `p % slots`. Global
+layers have a slot for every token; chunk-local layers never need more than one chunk. What a slot
+holds follows from the positions that a row has reached, so no bookkeeping is stored, padding takes
+no room, and rows of different lengths share a batch.
 """
 
 import equinox as eqx
@@ -13,45 +13,50 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llama4_eqx.layers.across import Across, Axes, alike
-from llama4_eqx.layers.mask import Places
+from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma
+from llama4_eqx.layers.mask import TokenPositions
 
 
-class Filled(eqx.Module):
-    """The positions of which a row's cache has been told: from `first` up to, not including,
-    `before` this call's tokens and `after` them."""
+class CacheSpan(eqx.Module):
+    """Positions held per row, half-open: `[start, old_end)` before this call, `[start, new_end)`
+    after it."""
 
-    first: Int[Array, "*batch"]
-    before: Int[Array, "*batch"]
-    after: Int[Array, "*batch"]
+    start: Int[Array, "*batch"]
+    old_end: Int[Array, "*batch"]
+    new_end: Int[Array, "*batch"]
 
 
-class Keys(eqx.Module):
-    """What queries attend to: keys and values, and where their tokens stand."""
+class KeysValues(eqx.Module):
+    """Keys and values to attend to, and the positions of their tokens."""
 
     k: Float[Array, "*batch kv_heads kv_seq head_dim"]
     v: Float[Array, "*batch kv_heads kv_seq head_dim"]
-    places: Places
+    tokens: TokenPositions
 
-    def gathered(self, across: Across, axes: Axes, *, shared: bool = False) -> "Keys":
-        """Those of all devices along the mesh axes, in order."""
-        k, v = (across.gathered(x, axes, axis=-2, shared=shared) for x in (self.k, self.v))
-        places = jax.tree.map(
-            lambda x: across.gathered(x, axes, axis=-1, shared=shared), self.places
+    def all_gather(
+        self, mesh_axes: MeshAxes, axis_names: AxisNames, *, shared: bool = False
+    ) -> "KeysValues":
+        """Those of all devices along the mesh axes, in order; see `MeshAxes.all_gather`."""
+        k, v = (
+            mesh_axes.all_gather(x, axis_names, axis=-2, shared=shared) for x in (self.k, self.v)
         )
-        return Keys(k, v, places)
+        tokens = jax.tree.map(
+            lambda x: mesh_axes.all_gather(x, axis_names, axis=-1, shared=shared), self.tokens
+        )
+        return KeysValues(k, v, tokens)
 
-    def followed_by(self, new: "Keys") -> "Keys":
-        old, new = alike(self, new)
+    def concatenate(self, new: "KeysValues") -> "KeysValues":
+        """These, followed by the new ones."""
+        old, new = match_vma(self, new)
         k, v = (jnp.concatenate(pair, axis=-2) for pair in ((old.k, new.k), (old.v, new.v)))
-        places = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), old.places, new.places)
-        return Keys(k, v, places)
+        tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), old.tokens, new.tokens)
+        return KeysValues(k, v, tokens)
 
 
 class LayerCache(eqx.Module):
-    """One layer's keys and values. Immutable: `append` returns another.
+    """One layer's ring of keys and values. Immutable: `update` returns another.
 
-    Inside `jax.shard_map` its slots may be cut along mesh axes `cut`; each device has its part.
+    Inside `jax.shard_map` the slots may be sharded along mesh axes `axis_names`.
     """
 
     k: Float[Array, "*batch kv_heads slots head_dim"]
@@ -67,20 +72,25 @@ class LayerCache(eqx.Module):
         head_dim: int,
         dtype: DTypeLike,
     ) -> "LayerCache":
+        """A cache that holds nothing."""
         shape = (*batch_shape, kv_heads, slots, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @property
     def slots(self) -> int:
+        """Tokens that the ring, or this device's shard of it, can hold."""
         return self.k.shape[-2]
 
-    def append(self, new: Keys, after: Int[Array, "*batch"], cut: Axes = ()) -> "LayerCache":
-        """Stores the real tokens among these, the newest of a row where they are more than all
-        slots; a row has then been told positions up to `after`."""
-        self, new, after, first_slot = alike(self, new, after, self._first_slot(cut))
-        positions = new.places.positions
-        stored = (new.places.segments >= 0) & (positions >= after[..., None] - self._total(cut))
-        slot = positions % self._total(cut) - first_slot
+    def update(
+        self, new: KeysValues, new_end: Int[Array, "*batch"], axis_names: AxisNames = ()
+    ) -> "LayerCache":
+        """The cache with the real tokens among `new` stored, up to position `new_end`; only a row's
+        newest if they are more than the ring has slots."""
+        self, new, new_end, first_slot = match_vma(self, new, new_end, self._first_slot(axis_names))
+        total = self._total(axis_names)
+        positions = new.tokens.positions
+        stored = (new.tokens.segments >= 0) & (positions >= new_end[..., None] - total)
+        slot = positions % total - first_slot
         slot = jnp.where(stored & (slot >= 0), slot, self.slots)  # past the end: dropped
 
         def put(ring, slot, new):
@@ -90,25 +100,28 @@ class LayerCache(eqx.Module):
             put = jax.vmap(put)
         return LayerCache(put(self.k, slot, new.k), put(self.v, slot, new.v))
 
-    def keys(self, first: Int[Array, "*batch"], end: Int[Array, "*batch"], cut: Axes = ()) -> Keys:
-        """What the slots hold in rows that have been told positions `first` up to `end`."""
-        first, end, first_slot = alike(first, end, self._first_slot(cut))
+    def read(
+        self, start: Int[Array, "*batch"], end: Int[Array, "*batch"], axis_names: AxisNames = ()
+    ) -> KeysValues:
+        """What the slots hold in rows that span positions `[start, end)`."""
+        start, end, first_slot = match_vma(start, end, self._first_slot(axis_names))
         last = end[..., None] - 1
         slot = first_slot + jnp.arange(self.slots, dtype=last.dtype)
-        positions = last - (last - slot) % self._total(cut)
-        held = positions >= first[..., None]
+        positions = last - (last - slot) % self._total(axis_names)
+        held = positions >= start[..., None]
         segments = jnp.where(held, 0, -1).astype(last.dtype)
-        return Keys(self.k, self.v, Places(jnp.where(held, positions, 0), segments))
+        return KeysValues(self.k, self.v, TokenPositions(jnp.where(held, positions, 0), segments))
 
-    def _total(self, cut: Axes) -> int:
-        return self.slots * lax.axis_size(cut)
+    def _total(self, axis_names: AxisNames) -> int:
+        return self.slots * lax.axis_size(axis_names)
 
-    def _first_slot(self, cut: Axes) -> Int[Array, ""]:
-        return jnp.asarray(lax.axis_index(cut) * self.slots if cut else 0, jnp.int32)
+    def _first_slot(self, axis_names: AxisNames) -> Int[Array, ""]:
+        first = lax.axis_index(axis_names) * self.slots if axis_names else 0
+        return jnp.asarray(first, jnp.int32)
 
 
 class KVCache(eqx.Module):
-    """Every layer's cache, in the decoder's own shape, and how far each row has come.
+    """The caches of all layers, arranged as the decoder's layers are, and each row's length.
 
     Made by `Llama4.empty_cache`. `start` is the position of a row's first token, `length` the
     number of real tokens read since; a row takes at most `capacity` of them.

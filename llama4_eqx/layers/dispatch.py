@@ -1,4 +1,4 @@
-"""Tokens to their experts and back, wherever the experts are."""
+"""Routing tokens to their experts and back, on one device or among many."""
 
 from math import ceil
 
@@ -8,127 +8,143 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from llama4_eqx.layers.across import Across, Axes, alike, leave
+from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_over
 from llama4_eqx.layers.grouped import grouped_mlp
-from llama4_eqx.layers.remat import kept
+from llama4_eqx.layers.remat import save_residual
 
-# How much more room a round of the exchange has than evenly spread tokens need.
-SLACK = 1.5
+CAPACITY_FACTOR = 1.5
+"""Room in a round of the all-to-all, relative to what evenly routed tokens need."""
 
 
-def dispatched(
+def routed_experts(
     x: Float[Array, "tokens hidden"],
-    scores: Float[Array, "tokens top_k"],
-    chosen: Int[Array, "tokens top_k"],
-    gate_up_proj: Float[Array, "experts hidden 2 ff"],
+    router_weights: Float[Array, "tokens top_k"],
+    expert_ids: Int[Array, "tokens top_k"],
+    gate_proj: Float[Array, "experts hidden ff"],
+    up_proj: Float[Array, "experts hidden ff"],
     down_proj: Float[Array, "experts ff hidden"],
-    across: Across,
+    mesh_axes: MeshAxes,
 ) -> Float[Array, "tokens hidden"]:
-    """`Σ_k expert_k(score_k · x)`. Whatever the choices, no token is dropped.
+    """`Σ_k expert_k(router_weight_k · x)`. Dropless: however uneven the routing, no token is lost.
 
-    Inside `jax.shard_map` a device may have a part of the experts. If it has tokens of its own,
-    they are exchanged (all-to-all); if all devices have the same tokens, each computes what falls
-    to its experts, and the results are summed. Of a part of each expert's inner features, a part of
-    each result comes out.
+    Inside `jax.shard_map` the experts may be sharded. If their mesh axes shard the tokens, too,
+    tokens are exchanged by all-to-all; otherwise devices along the axes hold the same tokens, and
+    their experts' outputs are all-reduced. If `ff` is sharded the result is a partial sum, which
+    the caller reduces.
     """
-    exchange = bool(across.experts) and set(across.experts) <= set(across.tokens)
-    x, scores, chosen, gate_up_proj, down_proj = alike(x, scores, chosen, gate_up_proj, down_proj)
-    rows = (x[:, None] * scores[..., None]).reshape(-1, x.shape[-1])
-    expert_of_row = chosen.reshape(-1)
-    if exchange:
-        out = _exchanged(rows, expert_of_row, gate_up_proj, down_proj, across.experts)
+    all_to_all = bool(mesh_axes.experts) and set(mesh_axes.experts) <= set(mesh_axes.tokens)
+    x, router_weights, expert_ids, *weights = match_vma(
+        x, router_weights, expert_ids, gate_proj, up_proj, down_proj
+    )
+    rows = (x[:, None] * router_weights[..., None]).reshape(-1, x.shape[-1])
+    expert_of_row = expert_ids.reshape(-1)
+    if all_to_all:
+        out = _through_all_to_all(rows, expert_of_row, tuple(weights), mesh_axes.experts)
     else:
-        if across.experts:
-            experts = len(gate_up_proj)
-            expert_of_row -= lax.axis_index(across.experts) * experts
-            here = (expert_of_row >= 0) & (expert_of_row < experts)
-            expert_of_row = jnp.where(here, expert_of_row, experts)
-        out = _through_experts(rows, expert_of_row, gate_up_proj, down_proj)
-    out = out.reshape(*chosen.shape, -1).sum(-2)
-    return leave(out, () if exchange else across.experts)
+        if mesh_axes.experts:
+            local_experts = len(gate_proj)
+            expert_of_row -= lax.axis_index(mesh_axes.experts) * local_experts
+            here = (expert_of_row >= 0) & (expert_of_row < local_experts)
+            expert_of_row = jnp.where(here, expert_of_row, local_experts)
+        out = _through_local_experts(rows, expert_of_row, tuple(weights))
+    out = out.reshape(*expert_ids.shape, -1).sum(-2)
+    return psum_over(out, () if all_to_all else mesh_axes.experts)
 
 
-def _through_experts(
-    rows: Float[Array, "tokens hidden"],
-    expert_of_row: Int[Array, "tokens"],
-    gate_up_proj: Float[Array, "experts hidden 2 ff"],
-    down_proj: Float[Array, "experts ff hidden"],
+# The experts' gate, up and down projections.
+_Weights = tuple[Array, Array, Array]
+
+
+def _through_local_experts(
+    rows: Float[Array, "tokens hidden"], expert_of_row: Int[Array, "tokens"], weights: _Weights
 ) -> Float[Array, "tokens hidden"]:
-    """Each row through its expert; zeros where that is past the last one."""
+    """Each row through its expert; zeros for a row whose expert is past the last one."""
     order = jnp.argsort(expert_of_row)
-    group_sizes = jnp.bincount(expert_of_row, length=len(gate_up_proj))
-    rows, order, group_sizes = alike(rows, order, group_sizes)
-    in_order = rows.at[order].get(unique_indices=True)
-    out = grouped_mlp(in_order, gate_up_proj, down_proj, group_sizes)
+    group_sizes = jnp.bincount(expert_of_row, length=len(weights[0]))
+    rows, order, group_sizes = match_vma(rows, order, group_sizes)
+    sorted_rows = rows.at[order].get(unique_indices=True)
+    out = grouped_mlp(sorted_rows, *weights, group_sizes)
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
-def _exchanged(
+def _through_all_to_all(
     rows: Float[Array, "tokens hidden"],
     expert_of_row: Int[Array, "tokens"],
-    gate_up_proj: Float[Array, "experts hidden 2 ff"],
-    down_proj: Float[Array, "experts ff hidden"],
-    axes: Axes,
+    weights: _Weights,
+    axis_names: AxisNames,
 ) -> Float[Array, "tokens hidden"]:
     """Each row through its expert, on whichever device along the mesh axes that is.
 
-    Shapes are static, and how many rows one device has for another isn't: so they go in rounds,
-    each with the same room for every pair of devices. Where routing is balanced one is enough.
+    Shapes are static, but how many rows one device has for another isn't: they are sent in rounds,
+    each with the same capacity for every pair of devices. Balanced routing needs one round.
     """
-    devices = lax.axis_size(axes)
-    room = min(ceil(SLACK * len(rows) / devices), len(rows))
-    owner = expert_of_row // len(gate_up_proj)
-    counts = jnp.bincount(owner, length=devices)
+    devices, local_experts = lax.axis_size(axis_names), len(weights[0])
+    capacity = min(ceil(CAPACITY_FACTOR * len(rows) / devices), len(rows))
+    device_of_row = expert_of_row // local_experts
+    counts = jnp.bincount(device_of_row, length=devices)
     route = _Route(
-        order=jnp.argsort(owner),
-        expert=expert_of_row % len(gate_up_proj),
+        order=jnp.argsort(device_of_row),
+        local_expert=expert_of_row % local_experts,
         start=jnp.cumsum(counts) - counts,
         count=counts,
-        axes=axes,
-        room=room,
+        axis_names=axis_names,
+        capacity=capacity,
     )
-    route, rows = alike(route, rows)
-    rounds = lax.pmax(jnp.max(-(-counts // room)), axes)
-    first = _round(jnp.int32(0), rows, gate_up_proj, down_proj, route)
-    return first + _later_rounds(rounds, rows, gate_up_proj, down_proj, route)
+    route, rows = match_vma(route, rows)
+    rounds = lax.pmax(jnp.max(-(-counts // capacity)), axis_names)
+    first = _round(jnp.int32(0), rows, weights, route)
+    return first + _later_rounds(rounds, rows, weights, route)
 
 
 class _Route(eqx.Module):
-    """Which rows go where: sorted by device, its rows begin at `start` of `order`, `count` in all;
-    `expert` is each row's, counted on its device. A round has `room` for each device."""
+    """Which rows go to which device.
+
+    Rows sorted by device are `order`; those for a device begin at `start` and are `count` many;
+    `local_expert` is each row's expert, counted on its device.
+    """
 
     order: Int[Array, "tokens"]
-    expert: Int[Array, "tokens"]
+    local_expert: Int[Array, "tokens"]
     start: Int[Array, "devices"]
     count: Int[Array, "devices"]
-    axes: Axes = eqx.field(static=True)
-    room: int = eqx.field(static=True)
+    axis_names: AxisNames = eqx.field(static=True)
+    capacity: int = eqx.field(static=True)
 
 
-def _round(number, rows, gate_up_proj, down_proj, route):
-    """What the rows of a round get back, and zeros for all others."""
-    nth = number * route.room + jnp.arange(route.room)  # of the rows for a device
-    real = nth < route.count[:, None]
-    row = route.order.at[route.start[:, None] + nth].get(mode="clip")
+def _round(
+    number: Int[Array, ""], rows: Float[Array, "tokens hidden"], weights: _Weights, route: _Route
+) -> Float[Array, "tokens hidden"]:
+    """The experts' outputs for the rows of one round, and zeros for all others."""
+    row, real = _rows_of_round(number, route)
     sent = jnp.where(real[..., None], rows[row], 0)
-    expert = jnp.where(real, route.expert[row], len(gate_up_proj))
-
-    def swap(x):
-        return lax.all_to_all(x, route.axes, split_axis=0, concat_axis=0, tiled=True)
-
-    received, expert = kept(swap(sent)), swap(expert)
-    out = _through_experts(
-        received.reshape(-1, rows.shape[-1]), expert.reshape(-1), gate_up_proj, down_proj
-    )
-    back = swap(out.reshape(sent.shape))
-    return jnp.zeros_like(rows).at[row].add(jnp.where(real[..., None], back, 0))
+    expert = jnp.where(real, route.local_expert[row], len(weights[0]))
+    received, expert = save_residual(_dispatch(sent, route)), _dispatch(expert, route)
+    out = _through_local_experts(received.reshape(-1, rows.shape[-1]), expert.reshape(-1), weights)
+    returned = _combine(out.reshape(sent.shape), route)
+    return jnp.zeros_like(rows).at[row].add(jnp.where(real[..., None], returned, 0))
 
 
-# How many rounds are needed is known at run time only: such a loop has no derivative of its own.
+def _rows_of_round(number: Int[Array, ""], route: _Route) -> tuple[Array, Array]:
+    """Which rows a round sends to each device, and which of them are real."""
+    nth = number * route.capacity + jnp.arange(route.capacity)
+    real = nth < route.count[:, None]
+    return route.order.at[route.start[:, None] + nth].get(mode="clip"), real
+
+
+def _dispatch(x: Array, route: _Route) -> Array:
+    """Sends `x[i]` to device `i`; what comes back is by the device that it comes from."""
+    return lax.all_to_all(x, route.axis_names, split_axis=0, concat_axis=0, tiled=True)
+
+
+# Sending the results back is the same exchange.
+_combine = _dispatch
+
+
+# The number of rounds is known only at run time, and such a loop has no reverse derivative.
 @jax.custom_vjp
-def _later_rounds(rounds, rows, gate_up_proj, down_proj, route):
+def _later_rounds(rounds, rows, weights, route):
     def visit(number, out):
-        return out + _round(number, rows, gate_up_proj, down_proj, route)
+        return out + _round(number, rows, weights, route)
 
     return lax.fori_loop(1, rounds, visit, jnp.zeros_like(rows))
 
@@ -138,13 +154,14 @@ def _later_rounds_forward(rounds, *inputs):
 
 
 def _later_rounds_backward(residuals, d_out):
-    rounds, *inputs, route = residuals
+    rounds, rows, weights, route = residuals
 
     def visit(number, gradients):
-        _, vjp = jax.vjp(lambda *x: _round(number, *x, route=route), *inputs)
+        _, vjp = jax.vjp(lambda rows, weights: _round(number, rows, weights, route), rows, weights)
         return jax.tree.map(jnp.add, gradients, vjp(d_out))
 
-    gradients = lax.fori_loop(1, rounds, visit, tuple(jnp.zeros_like(x) for x in inputs))
+    zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
+    gradients = lax.fori_loop(1, rounds, visit, zeros)
     return None, *gradients, None
 
 

@@ -3,7 +3,7 @@
 from jax import lax
 from jaxtyping import Array, Float
 
-from llama4_eqx.layers.remat import kept
+from llama4_eqx.layers.remat import save_residual
 
 
 def linear(
@@ -11,12 +11,12 @@ def linear(
 ) -> Float[Array, "*batch out_features"]:
     """`x · weightᵀ`.
 
-    As one two-dimensional product: from an einsum with more axes XLA makes, on CPUs, a transposed
-    copy of the weight at every call.
+    Computed as one two-dimensional product: from an einsum with more axes XLA makes, on CPUs, a
+    transposed copy of the weight at every call.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = lax.dot_general(rows, weight, (((1,), (1,)), ((), ())))
-    return kept(out).reshape(*x.shape[:-1], weight.shape[0])
+    return save_residual(out).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def project(
@@ -24,7 +24,7 @@ def project(
     weight: Float[Array, "heads head_dim hidden"],
     bias: Float[Array, "heads head_dim"] | None,
 ) -> Float[Array, "*batch heads head_dim"]:
-    """To every head's own vector."""
+    """Projects to a vector for each head."""
     heads, head_dim, hidden = weight.shape
     out = linear(x, weight.reshape(-1, hidden)).reshape(*x.shape[:-1], heads, head_dim)
     return out if bias is None else out + bias
@@ -35,6 +35,6 @@ def unproject(
     weight: Float[Array, "hidden heads head_dim"],
     bias: Float[Array, "hidden"] | None,
 ) -> Float[Array, "*batch hidden"]:
-    """From all heads' vectors back to one."""
+    """Projects all heads' vectors back to the residual stream."""
     out = linear(x.reshape(*x.shape[:-2], -1), weight.reshape(len(weight), -1))
     return out if bias is None else out + bias

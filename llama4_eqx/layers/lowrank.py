@@ -1,4 +1,4 @@
-"""A weight with a low-rank update, in the place of the weight itself."""
+"""A weight with a low-rank update, as a leaf in place of the weight itself."""
 
 from typing import Any, TypeVar
 
@@ -10,10 +10,10 @@ _T = TypeVar("_T")
 
 
 class LowRank(eqx.Module):
-    """`weight + scale · left · right`, as a leaf's stand-in.
+    """`weight + scale · left · right`, in place of a weight.
 
-    The weight is seen as a matrix, or as one for each expert: several of its axes count as one row
-    or one column. A stack of layers may lie in front of all three.
+    The weight counts as a matrix, or as one for each expert: several of its axes may together be
+    the rows or the columns (see `llama4_eqx.axes.matrix_axes`). All three may be stacked by layers.
     """
 
     weight: Float[Array, "..."]
@@ -23,12 +23,12 @@ class LowRank(eqx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's."""
+        """The weight's shape."""
         return self.weight.shape
 
     @property
     def dtype(self) -> Any:
-        """The weight's."""
+        """The weight's dtype."""
         return self.weight.dtype
 
     def merged(self) -> Float[Array, "..."]:
@@ -47,6 +47,6 @@ def merged(module: _T) -> _T:
 
 
 def has_updates(module: Any) -> bool:
-    """Whether there is a `LowRank` in it."""
+    """Whether the module contains a `LowRank`."""
     nodes = jax.tree.leaves(module, is_leaf=lambda leaf: isinstance(leaf, LowRank))
     return any(isinstance(leaf, LowRank) for leaf in nodes)

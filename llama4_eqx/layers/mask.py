@@ -1,4 +1,4 @@
-"""Where tokens stand, and who sees whom."""
+"""Token positions, and the attention mask that follows from them."""
 
 import equinox as eqx
 import jax
@@ -6,61 +6,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-class Places(eqx.Module):
-    """Where each token stands: its position in its own document and which document that is;
-    padding and empty cache slots are in document -1, which nobody sees.
+class TokenPositions(eqx.Module):
+    """Each token's position in its document, and the document's number within the row (its
+    segment); padding and empty cache slots have segment -1, which no query sees.
 
-    `in_order` says that a row is known, while tracing, to be one document from position 0 on."""
+    `contiguous` is True if it is known at trace time that each row is one unpadded document from
+    position 0 on.
+    """
 
     positions: Int[Array, "*batch seq"]
     segments: Int[Array, "*batch seq"]
-    in_order: bool = eqx.field(static=True, default=False)
+    contiguous: bool = eqx.field(static=True, default=False)
 
 
-def visible(
-    queries: Places, keys: Places, chunk_size: int | None
+def attention_mask(
+    queries: TokenPositions, keys: TokenPositions, chunk_size: int | None
 ) -> Bool[Array, "*batch q_seq kv_seq"]:
-    """Whether each query sees each key: one of its own document, not after it and, if
+    """True where a query attends to a key: one of its own document, not after it and, if
     `chunk_size` is given, in the same chunk of positions (chunks, not a sliding window)."""
     last = queries.positions[..., :, None]
     position, segment = keys.positions[..., None, :], keys.segments[..., None, :]
-    seen = (segment == queries.segments[..., :, None]) & (segment >= 0) & (position <= last)
+    mask = (segment == queries.segments[..., :, None]) & (segment >= 0) & (position <= last)
     if chunk_size is not None:
-        seen &= position >= last - last % chunk_size
-    return seen
+        mask &= position >= last - last % chunk_size
+    return mask
 
 
-def places(
+def token_positions(
     shape: tuple[int, ...],
     *,
     mask: Bool[Array, "*batch seq"] | None = None,
     segment_ids: Int[Array, "*batch seq"] | None = None,
     positions: Int[Array, "*batch seq"] | None = None,
     start: Int[Array, "*batch"] | None = None,
-) -> Places:
-    """Places the tokens of rows of text.
+) -> TokenPositions:
+    """The positions of the tokens of a batch of rows.
 
     `mask` is False at padding. `segment_ids` pack documents into a row: each run of one id is a
-    document, negative ids are padding; without them a row is one document. Positions count the
-    real tokens of each document from 0, those of a row's first one from `start` (where a cache
-    holds what came before). Given `positions` are taken as they are.
+    document, negative ids are padding; without them a row is one document. Positions count each
+    document's real tokens from 0, but the row's first document from `start`, where a cache holds
+    what came before. `positions` overrides the count.
     """
-    in_order = all(given is None for given in (mask, segment_ids, positions, start))
+    contiguous = all(given is None for given in (mask, segment_ids, positions, start))
     real = jnp.ones(shape, bool) if mask is None else mask
-    turns = jnp.zeros(shape, bool)
+    begins = jnp.zeros(shape, bool)
     if segment_ids is not None:
         real &= segment_ids >= 0
-        turns = jnp.diff(segment_ids, prepend=segment_ids[..., :1]) != 0
+        begins = jnp.diff(segment_ids, prepend=segment_ids[..., :1]) != 0
     # Numbered anew: an id that comes back later in the row names another document.
-    segments = jnp.cumsum(turns, axis=-1, dtype=jnp.int32)
+    segments = jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
     if positions is None:
         count = real.astype(jnp.int32)
         before = jnp.cumsum(count, axis=-1) - count
-        first = jax.lax.cummax(jnp.where(turns, before, 0), axis=len(shape) - 1)
-        resumed = 0 if start is None else jnp.where(first == 0, start[..., None], 0)
-        positions = before - first + resumed
-    return Places(
+        first = jax.lax.cummax(jnp.where(begins, before, 0), axis=len(shape) - 1)
+        offset = 0 if start is None else jnp.where(first == 0, start[..., None], 0)
+        positions = before - first + offset
+    return TokenPositions(
         positions=jnp.where(real, positions, 0).astype(jnp.int32),
         segments=jnp.where(real, segments, -1),
-        in_order=in_order,
+        contiguous=contiguous,
     )

@@ -1,4 +1,6 @@
-"""The SwiGLU feed-forward network of dense layers and shared experts."""
+"""SwiGLU feed-forward networks, and the interface that a layer's feed-forward network has."""
+
+from abc import abstractmethod
 
 import equinox as eqx
 import jax
@@ -6,12 +8,22 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from llama4_eqx.layers.across import ALONE, Across, enter, leave
+from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
 from llama4_eqx.layers.linear import linear
 
 
-class MLP(eqx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+class FeedForward(eqx.Module):
+    """The feed-forward network of a decoder layer; a subclass of yours can take its place."""
+
+    @abstractmethod
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
+    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"] | None]:
+        """The output, and the router's logits if there is a router."""
+
+
+class MLP(FeedForward):
+    """`down(silu(gate(x)) * up(x))`, of dense layers and shared experts."""
 
     gate_proj: Float[Array, "ff hidden"]
     up_proj: Float[Array, "ff hidden"]
@@ -27,8 +39,9 @@ class MLP(eqx.Module):
         self.down_proj = init(down_key, (hidden, ff), dtype)
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, across: Across = ALONE
-    ) -> Float[Array, "*batch hidden"]:
-        x = enter(x, across.ff)
+        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
+    ) -> tuple[Float[Array, "*batch hidden"], None]:
+        x = pvary(x, mesh_axes.ff)
         gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
-        return leave(linear(jax.nn.silu(gate) * up, self.down_proj), across.ff)
+        out = linear(jax.nn.silu(gate) * up, self.down_proj)
+        return psum_over(out, mesh_axes.ff), None

@@ -9,16 +9,17 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.across import ALONE, Across, enter, leave
-from llama4_eqx.layers.dispatch import dispatched
+from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
+from llama4_eqx.layers.dispatch import routed_experts
 from llama4_eqx.layers.linear import linear
-from llama4_eqx.layers.mlp import MLP
+from llama4_eqx.layers.mlp import MLP, FeedForward
 
 
 class Experts(eqx.Module):
-    """A SwiGLU network per expert; `gate_up_proj[:, :, 0]` are the gates, `[:, :, 1]` the ups."""
+    """A SwiGLU network for each expert; a checkpoint joins gate and up into one tensor."""
 
-    gate_up_proj: Float[Array, "experts hidden 2 ff"]
+    gate_proj: Float[Array, "experts hidden ff"]
+    up_proj: Float[Array, "experts hidden ff"]
     down_proj: Float[Array, "experts ff hidden"]
 
     def __init__(
@@ -31,39 +32,50 @@ class Experts(eqx.Module):
         dtype: DTypeLike,
         key: PRNGKeyArray,
     ) -> None:
-        gate_up_key, down_key = jax.random.split(key)
+        gate_key, up_key, down_key = jax.random.split(key, 3)
         init = normal(init_std)
-        self.gate_up_proj = init(gate_up_key, (experts, hidden, 2, ff), dtype)
+        self.gate_proj = init(gate_key, (experts, hidden, ff), dtype)
+        self.up_proj = init(up_key, (experts, hidden, ff), dtype)
         self.down_proj = init(down_key, (experts, ff, hidden), dtype)
 
     def __call__(
         self,
         x: Float[Array, "*batch hidden"],
-        scores: Float[Array, "*batch top_k"],
-        chosen: Int[Array, "*batch top_k"],
+        router_weights: Float[Array, "*batch top_k"],
+        expert_ids: Int[Array, "*batch top_k"],
         *,
-        across: Across = ALONE,
+        mesh_axes: MeshAxes = UNSHARDED,
     ) -> Float[Array, "*batch hidden"]:
-        """`Σ_k expert_k(score_k · x)`, of each token's `chosen` experts."""
-        rows, scores, chosen = (t.reshape(-1, t.shape[-1]) for t in (x, scores, chosen))
-        out = dispatched(rows, scores, chosen, self.gate_up_proj, self.down_proj, across)
+        """`Σ_k expert_k(router_weight_k · x)` over each token's experts."""
+        tokens, router_weights, expert_ids = (
+            t.reshape(-1, t.shape[-1]) for t in (x, router_weights, expert_ids)
+        )
+        out = routed_experts(
+            tokens,
+            router_weights,
+            expert_ids,
+            self.gate_proj,
+            self.up_proj,
+            self.down_proj,
+            mesh_axes,
+        )
         return out.reshape(x.shape)
 
 
-class MoE(eqx.Module):
+class MoE(FeedForward):
     """`shared(x) + Σ_k expert_k(sigmoid(logit_k) · x)` over the `top_k` largest router logits.
 
-    The score scales the expert's *input*, which differs from scaling its output; scores are not
-    renormalised; every token reaches all its experts, none is dropped.
+    The router's weight scales the expert's *input*, which differs from scaling its output; weights
+    are not renormalised; every token reaches all its experts, none is dropped.
 
-    A `selection_bias`, which Llama 4 doesn't have, is added to the scores for the choice alone; see
-    `llama4_eqx.balance`.
+    `expert_bias`, which Llama 4 doesn't have, is added to the router's weights for the choice of
+    experts alone; see `llama4_eqx.training.expert_bias`.
     """
 
     router: Float[Array, "experts hidden"]
     experts: Experts
     shared_expert: MLP
-    selection_bias: Float[Array, "experts"] | None
+    expert_bias: Float[Array, "experts"] | None
     top_k: int = eqx.field(static=True)
 
     def __init__(
@@ -81,34 +93,35 @@ class MoE(eqx.Module):
         self.router = normal(init_std)(router_key, (experts, hidden), dtype)
         self.experts = Experts(experts, hidden, ff, init_std=init_std, dtype=dtype, key=experts_key)
         self.shared_expert = MLP(hidden, ff, init_std=init_std, dtype=dtype, key=shared_key)
-        self.selection_bias = None
+        self.expert_bias = None
         self.top_k = top_k
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, across: Across = ALONE
+        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
-        """The layer's output, and the router's logits."""
-        router, bias = self.router, self.selection_bias
-        router = across.gathered(router, across.experts, axis=0)
-        bias = None if bias is None else across.gathered(bias, across.experts, axis=0)
-        logits = linear(x, router)
-        top_logits, chosen = choose_experts(logits, self.top_k, bias)
-        scores = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
-        # Both kinds of expert may have but a part of their inner features: one sum serves for both.
-        x, ff, across = enter(x, across.ff), across.ff, replace(across, ff=())
-        routed = self.experts(x, scores, chosen, across=across)
-        return leave(self.shared_expert(x, across=across) + routed, ff), logits
+        router, bias = self.router, self.expert_bias
+        router = mesh_axes.all_gather(router, mesh_axes.experts, axis=0)
+        bias = None if bias is None else mesh_axes.all_gather(bias, mesh_axes.experts, axis=0)
+        router_logits = linear(x, router)
+        top_logits, expert_ids = top_k_experts(router_logits, self.top_k, bias)
+        router_weights = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
+        # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce
+        # them together.
+        x, partial_axes = pvary(x, mesh_axes.ff), replace(mesh_axes, ff=())
+        routed = self.experts(x, router_weights, expert_ids, mesh_axes=partial_axes)
+        shared, _ = self.shared_expert(x, mesh_axes=partial_axes)
+        return psum_over(shared + routed, mesh_axes.ff), router_logits
 
 
-def choose_experts(
-    logits: Float[Array, "*batch experts"],
+def top_k_experts(
+    router_logits: Float[Array, "*batch experts"],
     top_k: int,
-    selection_bias: Float[Array, "#*batch experts"] | None,
+    expert_bias: Float[Array, "#*batch experts"] | None,
 ) -> tuple[Float[Array, "*batch top_k"], Int[Array, "*batch top_k"]]:
-    """The logits of each token's experts, and which they are."""
-    if selection_bias is None:
-        top_logits, chosen = jax.lax.top_k(logits, top_k)
-        return top_logits, chosen
-    biased = jax.nn.sigmoid(logits.astype(jnp.float32)) + selection_bias
-    _, chosen = jax.lax.top_k(biased, top_k)
-    return jnp.take_along_axis(logits, chosen, axis=-1), chosen
+    """The router logits of each token's experts, and the experts' ids."""
+    if expert_bias is None:
+        top_logits, expert_ids = jax.lax.top_k(router_logits, top_k)
+        return top_logits, expert_ids
+    biased = jax.nn.sigmoid(router_logits.astype(jnp.float32)) + expert_bias
+    _, expert_ids = jax.lax.top_k(biased, top_k)
+    return jnp.take_along_axis(router_logits, expert_ids, axis=-1), expert_ids

@@ -15,8 +15,8 @@ def rms_normalize(x: Float[Array, "*batch size"], eps: float) -> Float[Array, "*
 
 
 class RMSNorm(eqx.Module):
-    """`rms_normalize(x) * weight`. The product is taken *after* the cast to the activation dtype,
-    as the released bf16 weights expect."""
+    """`rms_normalize(x) * weight`, multiplied *after* the cast to the activation dtype, as the
+    released bf16 weights expect."""
 
     weight: Float[Array, "hidden"]
     eps: float = eqx.field(static=True)

@@ -1,4 +1,5 @@
-"""What the backward pass keeps of the forward pass; the rest is computed again."""
+"""Rematerialisation: what the backward pass saves of a layer's forward pass, and what it
+recomputes."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
@@ -7,35 +8,36 @@ import equinox as eqx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# Of a layer, besides its inputs: matrix products and what devices summed or exchanged, which is
-# fastest; nothing, which is smallest; or everything that its derivative reads.
-Keep = Literal["products", "nothing", "everything"]
+RematPolicy = Literal["dots", "full", "none"]
+"""What of a layer is recomputed: `"dots"` all but matrix products and collectives, which is the
+fastest; `"full"` everything, which takes the least memory; `"none"` nothing."""
 
 _T = TypeVar("_T")
+_SAVED = "saved_residual"
 
 
-def kept(x: _T) -> _T:
-    """Marks the result of a matrix product, of a loop of them, or of a sum over devices."""
-    return checkpoint_name(x, "kept")
+def save_residual(x: _T) -> _T:
+    """Names a value that `remat="dots"` saves for the backward pass."""
+    return checkpoint_name(x, _SAVED)
 
 
-def remat(function: Callable[..., _T], keep: Keep) -> Callable[..., _T]:
-    """`function`, whose derivative keeps its inputs and what `keep` names.
+def rematerialise(function: Callable[..., _T], policy: RematPolicy) -> Callable[..., _T]:
+    """`function` with its residuals chosen by the policy.
 
-    Norms, rotations, activations and copies are cheaper computed again than written and read: in a
-    scan over layers, keeping only products halves memory, and on CPUs, where fresh memory is slow,
-    time falls with it.
+    Norms, rotations, activations and copies are cheaper to recompute than to write and read: in a
+    scan over layers, saving only products halves memory, and on CPUs, where fresh memory is slow,
+    it takes less time as well.
     """
     policies = jax.checkpoint_policies
-    if keep == "everything":
+    if policy == "none":
         return function
-    if keep == "products":
-        # Not `dots_saveable`, which would keep low-rank updates as large as the weights, too.
-        policy = policies.save_only_these_names("kept")
-    elif keep == "nothing":
-        policy = policies.nothing_saveable
+    if policy == "dots":
+        # Not `dots_saveable`, which would save low-rank updates, too, each as large as a weight.
+        saveable = policies.save_only_these_names(_SAVED)
+    elif policy == "full":
+        saveable = policies.nothing_saveable
     else:
-        raise ValueError(f"keep must be one of {get_args(Keep)}, got {keep!r}")
-    # Without barriers: across a scan the compiler can't merge both computations, and where layers
-    # are unrolled it may if it likes.
-    return eqx.filter_checkpoint(function, policy=policy, prevent_cse=False)
+        raise ValueError(f"remat must be one of {get_args(RematPolicy)}, got {policy!r}")
+    # No barriers against common subexpressions: a scan keeps forward and backward apart anyway, and
+    # in unrolled layers the compiler may merge what it likes.
+    return eqx.filter_checkpoint(function, policy=saveable, prevent_cse=False)

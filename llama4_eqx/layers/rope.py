@@ -1,4 +1,4 @@
-"""Rotary position embeddings: interleaved pairs (x0, x1), (x2, x3), … turned in float32."""
+"""Rotary position embeddings (RoPE): interleaved pairs (x0, x1), (x2, x3), … rotated in float32."""
 
 import math
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Rotation(eqx.Module):
-    """By which angle each pair of each token turns, as cosine and sine."""
+    """Cosine and sine of the rotation angle of each feature pair of each token."""
 
     cos: Float[Array, "*batch seq pairs"]
     sin: Float[Array, "*batch seq pairs"]
@@ -17,28 +17,28 @@ class Rotation(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch seq heads head_dim"]
     ) -> Float[Array, "*batch seq heads head_dim"]:
-        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
         even, odd = pairs[..., 0], pairs[..., 1]
         cos, sin = self.cos[..., None, :], self.sin[..., None, :]
-        turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        return turned.reshape(x.shape).astype(x.dtype)
+        rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def rope_frequencies(size: int, theta: float) -> np.ndarray:
     """`theta^(-2i / size)` for each pair `i`, in float32.
 
-    Rounded where the reference rounds, with an exact power: at position 10⁶ one bit of a frequency
-    is a tenth of a radian.
+    The power is exact and rounded where the reference rounds: at position 10⁶ one bit of a
+    frequency is a tenth of a radian.
     """
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     return 1 / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 class RotaryEmbedding(eqx.Module):
-    """Turns pair `i` of a token at position `p` by `p · theta^(-2i / head_dim)`, or slower where
-    `factor` stretches it: Llama 3's scaling for contexts beyond the one trained on.
+    """Rotates pair `i` of a token at position `p` by `p · theta^(-2i / head_dim)`, or more slowly
+    where Llama 3's scaling stretches slow pairs by `factor` for contexts beyond the trained one.
 
-    No array is stored: angles follow from positions, in float32 as the reference has them.
+    Stores no array: angles are computed from positions, in float32 as in the reference.
     """
 
     head_dim: int = eqx.field(static=True)
@@ -51,14 +51,14 @@ class RotaryEmbedding(eqx.Module):
     def frequencies(self) -> np.ndarray:
         """Radians per position of each pair."""
         frequencies = rope_frequencies(self.head_dim, self.theta)
-        # How often a pair turns round within the original context decides how it is stretched.
+        # How many turns a pair makes within the original context decides how far it is stretched.
         turns = self.original_max_positions * frequencies / np.float32(2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        if low == high:  # as Scout has it: no band between, so nothing to blend (and no 0 / 0)
-            kept = (turns >= low).astype(np.float32)
+        if low == high:  # as in Scout: no band between, so nothing to blend (and no 0 / 0)
+            unscaled = (turns >= low).astype(np.float32)
         else:
-            kept = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
-        return frequencies * kept + frequencies * (1 - kept) / np.float32(self.factor)
+            unscaled = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+        return frequencies * unscaled + frequencies * (1 - unscaled) / np.float32(self.factor)
 
     def __call__(self, positions: Int[Array, "*batch seq"]) -> Rotation:
         angles = positions[..., None].astype(jnp.float32) * self.frequencies()

@@ -1,4 +1,6 @@
-"""The vision encoder's attention: each patch sees its whole image, turned by row and column."""
+"""The vision encoder's attention: bidirectional over a tile, with RoPE over rows and columns."""
+
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,8 +11,9 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.linear import project, unproject
-from llama4_eqx.layers.remat import kept
+from llama4_eqx.layers.remat import save_residual
 from llama4_eqx.layers.rope import Rotation, rope_frequencies
 
 
@@ -61,18 +64,19 @@ class VisionAttention(eqx.Module):
         v = project(x, self.v_proj, self.v_bias)
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
         keys = None if key is None else jax.random.split(key, len(q))
-        # One image at a time, whose scores fit in a CPU's cache.
-        out = kept(lax.map(lambda image: _attend(*image, dropout=self.dropout), (q, k, v, keys)))
+        # One tile at a time, whose scores fit in a CPU's cache.
+        attend = partial(_attend, dropout_rate=self.dropout)
+        out = save_residual(lax.map(lambda tile: attend(*tile), (q, k, v, keys)))
         out = out.reshape(*x.shape[:-1], *out.shape[-2:])
         return unproject(out, self.o_proj, self.o_bias)
 
 
 def rotation_2d(rows: int, columns: int, head_dim: int, theta: float) -> Rotation:
-    """The first half of a head's pairs turns with the patch's column, the second with its row, both
-    counted from 1; the class token, which comes last, isn't turned."""
+    """The rotation of a tile's patches: the first half of a head's pairs turns with the column, the
+    second half with the row, both counted from 1; the class token, which is last, isn't rotated."""
     row, column = np.divmod(np.arange(rows * columns, dtype=np.float32), columns)
     frequencies = rope_frequencies(head_dim // 2, theta)
-    angles = [np.outer(1 + place, frequencies) for place in (column, row)]
+    angles = [np.outer(1 + index, frequencies) for index in (column, row)]
     angles = np.pad(np.concatenate(angles, axis=-1), ((0, 1), (0, 0)))
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -84,13 +88,10 @@ def _attend(
     v: Float[Array, "patches heads head_dim"],
     key: PRNGKeyArray | None,
     *,
-    dropout: float,
+    dropout_rate: float,
 ) -> Float[Array, "patches heads head_dim"]:
-    """Softmax attention of each patch over its whole image. Backward computes the scores again."""
+    """Softmax attention of each patch over its tile; the backward pass recomputes the scores."""
     q, k, v = (jnp.swapaxes(part, 0, 1) for part in (q, k, v))
     scores = jnp.einsum("hqk,hsk->hqs", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
-    if key is not None and dropout > 0:
-        kept = jax.random.bernoulli(key, 1 - dropout, weights.shape)
-        weights = jnp.where(kept, weights / (1 - dropout), 0)
+    weights = dropout(jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1), dropout_rate, key)
     return jnp.swapaxes(jnp.einsum("hqs,hsk->hqk", weights.astype(v.dtype), v), 0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llama4_eqx.layers.blockwise import _visits, attention, blockwise_attention, dense_attention
-from llama4_eqx.layers.mask import Places, places, visible
+from llama4_eqx.layers.mask import TokenPositions, attention_mask, token_positions
 from tests.toys import relative_error
 
 CHUNK = 8
@@ -19,17 +19,17 @@ SCALE = HEAD_DIM**-0.5
 TOLERANCE = 1e-5
 
 
-def itself(where: Places) -> tuple[Places, Places]:
+def itself(where: TokenPositions) -> tuple[TokenPositions, TokenPositions]:
     return where, where
 
 
-def ring(slots: int, *lengths: int, new: int) -> tuple[Places, Places]:
+def ring(slots: int, *lengths: int, new: int) -> tuple[TokenPositions, TokenPositions]:
     """The last `new` tokens of rows of some lengths, and a ring of the newest of their tokens,
     in which empty slots still tell a position."""
     last = jnp.array(lengths)[:, None] - 1
     positions = last - (last - jnp.arange(slots)) % slots
-    keys = Places(jnp.where(positions < 0, 3, positions), jnp.where(positions < 0, -1, 0))
-    return places((len(lengths), new), start=last[:, 0] + 1 - new), keys
+    keys = TokenPositions(jnp.where(positions < 0, 3, positions), jnp.where(positions < 0, -1, 0))
+    return token_positions((len(lengths), new), start=last[:, 0] + 1 - new), keys
 
 
 def packed(*sizes: int) -> np.ndarray:
@@ -38,25 +38,31 @@ def packed(*sizes: int) -> np.ndarray:
 
 index = jnp.arange(45)
 PLACES = {
-    "plain": itself(places((2, 48))),
-    "left": itself(places((3, 45), mask=index >= jnp.array([[0], [7], [33]]))),
-    "right": itself(places((3, 45), mask=index < jnp.array([[45], [38], [2]]))),
-    "empty row": itself(places((2, 45), mask=index < jnp.array([[45], [0]]))),
-    "nothing": itself(places((1, 45), mask=jnp.zeros((1, 45), bool))),
+    "plain": itself(token_positions((2, 48))),
+    "left": itself(token_positions((3, 45), mask=index >= jnp.array([[0], [7], [33]]))),
+    "right": itself(token_positions((3, 45), mask=index < jnp.array([[45], [38], [2]]))),
+    "empty row": itself(token_positions((2, 45), mask=index < jnp.array([[45], [0]]))),
+    "nothing": itself(token_positions((1, 45), mask=jnp.zeros((1, 45), bool))),
     "packed": itself(
-        places((2, 45), segment_ids=jnp.array([packed(19, 5, 1, 20), packed(3, 30, 12)]))
+        token_positions((2, 45), segment_ids=jnp.array([packed(19, 5, 1, 20), packed(3, 30, 12)]))
     ),
-    "far": itself(places((2, 45), start=jnp.array([1_000_000, 13]))),
+    "far": itself(token_positions((2, 45), start=jnp.array([1_000_000, 13]))),
     "ring": ring(40, 21, 40, 130, new=17),
     "local ring": ring(CHUNK, 3, 8, 61, new=2),
     "long cache": (
-        places((1, 18), start=jnp.array([30])),
-        places((1, 70), mask=jnp.arange(70)[None] < 48),
+        token_positions((1, 18), start=jnp.array([30])),
+        token_positions((1, 70), mask=jnp.arange(70)[None] < 48),
     ),
 }
 
 
-def inputs(queries: Places, keys: Places, heads: int = 6, kv_heads: int = 2, dtype=jnp.float32):
+def inputs(
+    queries: TokenPositions,
+    keys: TokenPositions,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dtype=jnp.float32,
+):
     """Random q, k and v, and the derivative of the output."""
     (batch, q_seq), kv_seq = queries.positions.shape, keys.positions.shape[1]
     q_shape, kv_shape = (batch, heads, q_seq, HEAD_DIM), (batch, kv_heads, kv_seq, HEAD_DIM)
@@ -97,7 +103,7 @@ def dense(name, chunk_size):
 @pytest.mark.parametrize("name", PLACES)
 def test_dense_is_torch(name, chunk_size):
     arrays = inputs(*PLACES[name])
-    seen = np.asarray(visible(*PLACES[name], chunk_size))[:, None]
+    seen = np.asarray(attention_mask(*PLACES[name], chunk_size))[:, None]
     q, k, v, d_out = (torch.tensor(np.asarray(x), requires_grad=True) for x in arrays)
     out = scaled_dot_product_attention(q, k, v, torch.tensor(seen), scale=SCALE, enable_gqa=True)
     truths = out, *torch.autograd.grad(out, (q, k, v), d_out)
@@ -126,7 +132,10 @@ def test_blockwise_is_dense_for_any_heads_and_blocks(heads, blocks):
 
 @pytest.mark.parametrize(("q_seq", "kv_seq"), [(1, 600), (30, 40), (300, 300)])
 def test_attention_is_dense_at_every_size(q_seq, kv_seq):
-    where = places((1, q_seq), start=jnp.array([kv_seq - q_seq])), places((1, kv_seq))
+    where = (
+        token_positions((1, q_seq), start=jnp.array([kv_seq - q_seq])),
+        token_positions((1, kv_seq)),
+    )
     arrays = inputs(*where, 2, 1)
     options = {"chunk_size": None, "scale": SCALE}
     truths = run(dense_attention, arrays, *where, **options)
@@ -152,9 +161,9 @@ def test_bfloat16(form):
     assert_equal(values, run(dense_attention, exact, *where, **options), tolerance=1e-2)
 
 
-@partial(jax.jit, static_argnames=("blocks", "dropout"))
-def blockwise(q, k, v, where, *, blocks=(16, 8), dropout=0.0, key=None):
-    options = {"chunk_size": CHUNK, "scale": SCALE, "dropout": dropout, "key": key}
+@partial(jax.jit, static_argnames=("blocks", "dropout_rate"))
+def blockwise(q, k, v, where, *, blocks=(16, 8), dropout_rate=0.0, key=None):
+    options = {"chunk_size": CHUNK, "scale": SCALE, "dropout_rate": dropout_rate, "key": key}
     return blockwise_attention(q, k, v, where, where, blocks=blocks, **options)
 
 
@@ -182,15 +191,17 @@ def test_under_scan_and_checkpoint():
         def layer(x, _):
             return x + form(x, k, v, where), None
 
-        return jnp.vdot(jax.lax.scan(jax.checkpoint(layer), q, length=3)[0], d_out)
+        out = jax.lax.scan(jax.checkpoint(layer), q, length=3)[0]
+        return jnp.vdot(out, d_out), out
 
-    value_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    assert_equal(value_and_gradient(q, blockwise), value_and_gradient(q, dense))
+    # Not the sum itself, in which terms a thousand times as large cancel.
+    gradient_and_output = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    assert_equal(gradient_and_output(q, blockwise), gradient_and_output(q, dense))
 
 
 RATE = 0.3
 # As many keys as features, so that with the identity as values the output is the probabilities.
-SQUARE = places((8, HEAD_DIM))
+SQUARE = token_positions((8, HEAD_DIM))
 
 
 def probabilities(q, k, **options):
@@ -201,7 +212,7 @@ def probabilities(q, k, **options):
 def test_dropout_drops_and_rescales():
     q, k, *_ = inputs(SQUARE, SQUARE, 64, 32)
     whole = probabilities(q, k)
-    dropped = probabilities(q, k, dropout=RATE, key=jax.random.key(1))
+    dropped = probabilities(q, k, dropout_rate=RATE, key=jax.random.key(1))
     kept = np.asarray(dropped != 0)
     assert_equal([dropped], [np.where(kept, whole / (1 - RATE), 0)])
     assert abs(kept[whole > 0].mean() - (1 - RATE)) < 0.01
@@ -213,7 +224,7 @@ def test_dropout_drops_and_rescales():
 
 def test_dropout_backward_drops_the_same():
     arrays = inputs(SQUARE, SQUARE)
-    options = {"dropout": RATE, "key": jax.random.key(1)}
+    options = {"dropout_rate": RATE, "key": jax.random.key(1)}
     kept = probabilities(*arrays[:2], **options) != 0
 
     def form(q, k, v, *_):
@@ -228,7 +239,7 @@ def test_dropout_backward_drops_the_same():
 
 def test_dropout_follows_the_key():
     q, k, *_ = inputs(SQUARE, SQUARE)
-    draw = partial(probabilities, q, k, dropout=RATE)
+    draw = partial(probabilities, q, k, dropout_rate=RATE)
     assert np.array_equal(draw(key=jax.random.key(1)), draw(key=jax.random.key(1)))
     assert not np.array_equal(draw(key=jax.random.key(1)), draw(key=jax.random.key(2)))
     assert np.array_equal(draw(), probabilities(q, k))
@@ -236,12 +247,14 @@ def test_dropout_follows_the_key():
 
 def test_dropout_of_one_block_is_dense():
     arrays = inputs(SQUARE, SQUARE)
-    options = {"chunk_size": None, "scale": SCALE, "dropout": RATE, "key": jax.random.key(3)}
+    options = {"chunk_size": None, "scale": SCALE, "dropout_rate": RATE, "key": jax.random.key(3)}
     forms = blockwise_attention, dense_attention
     assert_equal(*(run(form, arrays, SQUARE, SQUARE, **options) for form in forms))
 
 
-def visits(queries: Places, keys: Places, chunk_size: int | None, size: int = 8) -> list[list[int]]:
+def visits(
+    queries: TokenPositions, keys: TokenPositions, chunk_size: int | None, size: int = 8
+) -> list[list[int]]:
     """The blocks of keys that each block of queries visits."""
 
     def blocks(x):
@@ -253,15 +266,15 @@ def visits(queries: Places, keys: Places, chunk_size: int | None, size: int = 8)
 
 
 def test_visits_no_more_than_it_must():
-    plain = places((2, 32))
+    plain = token_positions((2, 32))
     assert visits(plain, plain, None) == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     assert visits(plain, plain, 8) == [[0], [1], [2], [3]]
     assert visits(plain, plain, 16) == [[0], [0, 1], [2], [2, 3]]
-    shifted = places((1, 32), start=jnp.array([1_000_004]))
+    shifted = token_positions((1, 32), start=jnp.array([1_000_004]))
     assert visits(shifted, shifted, 8) == [[0], [0, 1], [1, 2], [2, 3]]
-    left = places((1, 32), mask=jnp.arange(32)[None] >= 16)
+    left = token_positions((1, 32), mask=jnp.arange(32)[None] >= 16)
     assert visits(left, left, None) == [[], [], [2], [2, 3]]
-    documents = places((1, 32), segment_ids=jnp.array([packed(16, 8, 8)]))
+    documents = token_positions((1, 32), segment_ids=jnp.array([packed(16, 8, 8)]))
     assert visits(documents, documents, None) == [[0], [0, 1], [2], [3]]
     # The slots hold positions 32 to 39, then 8 to 31.
     assert visits(*ring(32, 40, new=8), 16) == [[0]]
@@ -272,22 +285,22 @@ def test_visits_all_that_it_must():
     rng = np.random.default_rng(0)
     for chunk_size in (None, 4, 9):
         for _ in range(20):
-            # In runs, as random places would leave nothing to skip.
+            # In runs, as random token_positions would leave nothing to skip.
             queries, keys = (
-                Places(
+                TokenPositions(
                     jnp.asarray(rng.integers(0, 60, (2, 6, 1)) + rng.integers(0, 5, (2, 6, 8))),
                     jnp.asarray(rng.integers(-1, 3, (2, 6, 1)).repeat(8, -1)),
                 )
                 for _ in range(2)
             )
             queries, keys = jax.tree.map(lambda x: x.reshape(2, 48), (queries, keys))
-            seen = visible(queries, keys, chunk_size).any(0).reshape(6, 8, 6, 8).any((1, 3))
+            seen = attention_mask(queries, keys, chunk_size).any(0).reshape(6, 8, 6, 8).any((1, 3))
             for row, visited in zip(seen, visits(queries, keys, chunk_size), strict=True):
                 assert set(np.flatnonzero(row)) <= set(visited)
 
 
 def test_what_is_not_visited_is_not_read():
-    queries, keys = places((1, 16), start=jnp.array([48])), places((1, 64))
+    queries, keys = token_positions((1, 16), start=jnp.array([48])), token_positions((1, 64))
     q, k, v, d_out = inputs(queries, keys)
     options = {"chunk_size": 16, "scale": SCALE, "blocks": (16, 16)}
     truths = run(blockwise_attention, (q, k, v, d_out), queries, keys, **options)
@@ -299,7 +312,7 @@ def test_what_is_not_visited_is_not_read():
 @pytest.mark.parametrize("chunk_size", [None, 256])
 def test_memory_is_linear(chunk_size):
     seq, head_dim = 4096, 8
-    where = jax.eval_shape(lambda: places((1, seq)))
+    where = jax.eval_shape(lambda: token_positions((1, seq)))
     q = jax.ShapeDtypeStruct((1, 2, seq, head_dim), jnp.float32)
     kv = jax.ShapeDtypeStruct((1, 1, seq, head_dim), jnp.float32)
 

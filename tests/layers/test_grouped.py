@@ -33,23 +33,23 @@ GROUPS = {
 
 
 def operands(tokens: int, experts: int, *, hidden=HIDDEN, ff=FF, dtype=jnp.float32, seed=0):
-    """Random rows, both weights, and the derivative of the output."""
-    rows_key, gate_up_key, down_key, d_out_key = jax.random.split(jax.random.key(seed), 4)
-    rows = jax.random.normal(rows_key, (tokens, hidden))
-    gate_up = jax.random.normal(gate_up_key, (experts, hidden, 2, ff)) * 0.3
-    down = jax.random.normal(down_key, (experts, ff, hidden)) * 0.3
-    d_out = jax.random.normal(d_out_key, (tokens, hidden))
-    return rows.astype(dtype), gate_up.astype(dtype), down.astype(dtype), d_out.astype(dtype)
+    """Random rows, the three weights, and the derivative of the output."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    rows = jax.random.normal(keys[0], (tokens, hidden))
+    gate, up = (jax.random.normal(key, (experts, hidden, ff)) * 0.3 for key in keys[1:3])
+    down = jax.random.normal(keys[3], (experts, ff, hidden)) * 0.3
+    d_out = jax.random.normal(keys[4], (tokens, hidden))
+    return tuple(x.astype(dtype) for x in (rows, gate, up, down, d_out))
 
 
 @partial(jax.jit, static_argnames="backend")
-def run(rows, gate_up, down, d_out, sizes, backend):
+def run(rows, gate, up, down, d_out, sizes, backend):
     """The output, and the gradients of rows and weights."""
 
-    def forward(rows, gate_up, down):
-        return grouped_mlp(rows, gate_up, down, sizes, backend=backend)
+    def forward(rows, gate, up, down):
+        return grouped_mlp(rows, gate, up, down, sizes, backend=backend)
 
-    out, vjp = jax.vjp(forward, rows, gate_up, down)
+    out, vjp = jax.vjp(forward, rows, gate, up, down)
     return out, *vjp(d_out)
 
 
@@ -63,11 +63,11 @@ def assert_close(values, truths, tolerance=TOLERANCE):
 
 
 def loop(inputs, sizes):
-    rows, gate_up, down = inputs
+    rows, gates, ups, downs = inputs
     out = np.zeros_like(rows)
     for row, expert in enumerate(np.repeat(np.arange(len(sizes)), sizes)):
-        gate, up = np.einsum("d,dgf->gf", rows[row], gate_up[expert])
-        out[row] = (gate / (1 + np.exp(-gate)) * up) @ down[expert]
+        gate, up = rows[row] @ gates[expert], rows[row] @ ups[expert]
+        out[row] = (gate / (1 + np.exp(-gate)) * up) @ downs[expert]
     return out
 
 
@@ -81,7 +81,7 @@ def test_dense_is_a_loop_over_rows(group):
     assert_close([out], [loop(exact, sizes)])
 
     rng = np.random.default_rng(0)
-    for moved in range(3):
+    for moved in range(4):
         way = rng.normal(size=exact[moved].shape)
         ahead, behind = (
             [x + step * way if i == moved else x for i, x in enumerate(exact)]
@@ -101,7 +101,7 @@ def test_backends_equal_dense(group, backend):
     assert_close(values, run(*inputs, jnp.array(sizes), "dense"))
     # Where nobody asks for gradients, nothing is kept for them.
     undifferentiated = jax.jit(grouped_mlp, static_argnames="backend")
-    assert_close([undifferentiated(*inputs[:3], jnp.array(sizes), backend=backend)], values[:1])
+    assert_close([undifferentiated(*inputs[:4], jnp.array(sizes), backend=backend)], values[:1])
     for nobody in (x[sum(sizes) :] for x in values[:2]):
         assert not np.any(nobody)
 
@@ -131,23 +131,23 @@ def test_bfloat16(backend, tolerance):
 @pytest.mark.parametrize("backend", ["ragged", "blocked"])
 def test_stacked_layers(backend, remat):
     """Scanned, with and without rematerialisation; each layer has its own group sizes."""
-    layers = [operands(20, 3, seed=seed)[1:3] for seed in range(3)]
-    gate_ups, downs = (jnp.stack(leaves) for leaves in zip(*layers, strict=True))
+    layers = [operands(20, 3, seed=seed)[1:4] for seed in range(3)]
+    weights = tuple(jnp.stack(leaves) for leaves in zip(*layers, strict=True))
     sizes = jnp.array([[5, 0, 15], [0, 0, 20], [9, 8, 1]])
     rows, *_, d_out = operands(20, 3)
 
     @partial(jax.jit, static_argnames="backend")
-    def gradients(rows, gate_ups, downs, backend):
+    def gradients(rows, weights, backend):
         def layer(x, layer_inputs):
             return x + grouped_mlp(x, *layer_inputs, backend=backend), None
 
-        def loss(rows, gate_ups, downs):
+        def loss(rows, weights):
             body = jax.checkpoint(layer) if remat else layer
-            return (lax.scan(body, rows, (gate_ups, downs, sizes))[0] * d_out).sum()
+            return (lax.scan(body, rows, (*weights, sizes))[0] * d_out).sum()
 
-        return jax.grad(loss, argnums=(0, 1, 2))(rows, gate_ups, downs)
+        return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(rows, weights))
 
-    inputs = rows, gate_ups, downs
+    inputs = rows, weights
     assert_close(gradients(*inputs, backend=backend), gradients(*inputs, backend="dense"))
 
 
@@ -156,9 +156,10 @@ def test_vmap(shared):
     """Over rows and group sizes; with shared weights `ragged_dot` can't (as of JAX 0.10)."""
     sizes = jnp.array([[4, 0, 30], [0, 11, 1]])
     batch = [operands(40, 3, seed=seed) for seed in range(2)]
-    rows, gate_up, down, d_out = (jnp.stack(leaves) for leaves in zip(*batch, strict=True))
-    inputs = (rows, gate_up[0], down[0], d_out) if shared else (rows, gate_up, down, d_out)
-    axes = (0, None, None, 0, 0) if shared else 0
+    rows, *weights, d_out = (jnp.stack(leaves) for leaves in zip(*batch, strict=True))
+    weights = [weight[0] for weight in weights] if shared else weights
+    inputs = rows, *weights, d_out
+    axes = (0, None, None, None, 0, 0) if shared else 0
     values, *others, truth = (
         jax.vmap(partial(run, backend=backend), in_axes=axes)(*inputs, sizes)
         for backend in (["blocked", "dense"] if shared else ["blocked", "ragged", "dense"])
@@ -172,17 +173,17 @@ def test_vmap(shared):
 def test_shard_map(backend):
     """Experts on a mesh axis, rows on all its devices: the rows' gradient gets its sum."""
     sizes = jnp.array([5, 0, 7])
-    rows, gate_up, down, d_out = operands(16, 3)
+    *inputs, d_out = operands(16, 3)
     mesh = jax.make_mesh((1,), ("expert",), axis_types=(AxisType.Auto,))
 
-    def local(rows, gate_up, down):
+    def local(rows, *weights):
         rows = lax.pcast(rows, "expert", to="varying")
-        return lax.psum(grouped_mlp(rows, gate_up, down, sizes, backend=backend), "expert")
+        return lax.psum(grouped_mlp(rows, *weights, sizes, backend=backend), "expert")
 
-    specs = P(), P("expert"), P("expert")
+    specs = P(), P("expert"), P("expert"), P("expert")
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
-    out, vjp = jax.jit(partial(jax.vjp, sharded))(rows, gate_up, down)
-    truth = run(rows, gate_up, down, d_out, sizes, "dense")
+    out, vjp = jax.jit(partial(jax.vjp, sharded))(*inputs)
+    truth = run(*inputs, d_out, sizes, "dense")
     assert_close((out, *vjp(d_out)), truth)
 
 
@@ -206,19 +207,19 @@ def test_blocked_takes_little_memory():
 def test_blocked_copies_one_expert_at_a_time(tokens, dtype):
     """Also in the loop of a decoder, out of which XLA likes to move whatever doesn't change."""
     experts, hidden, ff = 64, 64, 128
-    rows, gate_up, down, _ = operands(tokens, experts, hidden=hidden, ff=ff, dtype=dtype)
+    rows, *weights, _ = operands(tokens, experts, hidden=hidden, ff=ff, dtype=dtype)
 
-    def decode(rows, gate_up, down, sizes):
+    def decode(rows, weights, sizes):
         def step(state):
             i, x, sizes = state
-            return i + 1, grouped_mlp(x, gate_up, down, sizes, backend="blocked"), sizes[::-1]
+            return i + 1, grouped_mlp(x, *weights, sizes, backend="blocked"), sizes[::-1]
 
         return lax.while_loop(lambda state: state[0] < 3, step, (0, rows, sizes))
 
     sizes = jnp.zeros(experts, jnp.int32).at[5].set(tokens)
     expert_bytes = 3 * hidden * ff * 4
     row_bytes = 4 * (hidden * 8)
-    used = temporary_bytes(decode, rows, gate_up, down, sizes)
+    used = temporary_bytes(decode, rows, weights, sizes)
     assert used < 2 * expert_bytes + 2 * tokens * row_bytes < experts * expert_bytes / 4
 
 
@@ -227,7 +228,7 @@ def test_default_backend(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     # Wrapped, as JAX remembers what it traced.
     jaxpr = jax.make_jaxpr(lambda *inputs: grouped_mlp(*inputs))(
-        *operands(4, 2)[:3], jnp.array([1, 3])
+        *operands(4, 2)[:4], jnp.array([1, 3])
     )
     assert ("ragged_dot" in str(jaxpr)) == (platform != "cpu")
 
@@ -236,4 +237,4 @@ def test_unknown_backend():
     # Without the suite's type checks, which object earlier.
     unchecked = inspect.unwrap(grouped_mlp)
     with pytest.raises(ValueError, match=r"'dense', 'ragged', 'blocked'.*got 'loop'"):
-        unchecked(*operands(4, 2)[:3], jnp.array([1, 3]), backend="loop")
+        unchecked(*operands(4, 2)[:4], jnp.array([1, 3]), backend="loop")

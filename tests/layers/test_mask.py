@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, Llama4TextConfig
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
-from llama4_eqx.layers.mask import Places, places, visible
+from llama4_eqx.layers.mask import TokenPositions, attention_mask, token_positions
 
 CHUNK = 8
 CONFIG = Llama4TextConfig(
@@ -23,7 +23,7 @@ CONFIG = Llama4TextConfig(
 )
 
 
-def by_loop(queries: Places, keys: Places, chunk_size: int | None) -> np.ndarray:
+def by_loop(queries: TokenPositions, keys: TokenPositions, chunk_size: int | None) -> np.ndarray:
     def pair(b, i, j):
         position, segment = queries.positions[b][i], queries.segments[b][i]
         if keys.segments[b][j] < 0 or keys.segments[b][j] != segment:
@@ -63,13 +63,13 @@ def by_transformers(
 def test_visible_is_the_loop(chunk_size):
     rng = np.random.default_rng(0)
     queries, keys = (
-        Places(
+        TokenPositions(
             jnp.asarray(rng.integers(0, 20, (2, size), dtype=np.int32)),
             jnp.asarray(rng.integers(-1, 2, (2, size), dtype=np.int32)),
         )
         for size in (13, 29)
     )
-    seen = visible(queries, keys, chunk_size)
+    seen = attention_mask(queries, keys, chunk_size)
     assert np.array_equal(seen, by_loop(queries, keys, chunk_size))
     assert seen.any()
     assert not seen.all()
@@ -80,8 +80,8 @@ def test_visible_is_the_loop(chunk_size):
 def test_visible_is_transformers(chunk_size, padding):
     count = np.array([[30], [27], [9]]) if padding != "none" else np.full((3, 1), 30)
     mask = np.arange(30) >= 30 - count if padding == "left" else np.arange(30) < count
-    where = places(mask.shape, mask=jnp.asarray(mask))
-    seen = np.asarray(visible(where, where, chunk_size))
+    where = token_positions(mask.shape, mask=jnp.asarray(mask))
+    seen = np.asarray(attention_mask(where, where, chunk_size))
     # Padding sees nobody here, while theirs sees what a token in its stead would.
     assert np.array_equal(seen, by_transformers(mask, chunk_size) & mask[:, :, None])
     assert not seen[~mask].any()
@@ -93,23 +93,23 @@ def test_visible_is_transformers(chunk_size, padding):
 def test_visible_is_transformers_with_a_cache(chunk_size, past, new):
     mask = np.arange(past + new) >= np.array([[0], [3], [5]])
     before, after = jnp.asarray(mask[:, :past]), jnp.asarray(mask[:, past:])
-    old = places(before.shape, mask=before)
-    queries = places(after.shape, mask=after, start=before.sum(-1))
+    old = token_positions(before.shape, mask=before)
+    queries = token_positions(after.shape, mask=after, start=before.sum(-1))
     keys = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, queries)
-    seen = visible(queries, keys, chunk_size)
+    seen = attention_mask(queries, keys, chunk_size)
     assert np.array_equal(seen, by_transformers(mask, chunk_size, past=past))
 
 
 @pytest.mark.parametrize("chunk_size", [None, CHUNK])
 def test_visible_is_transformers_with_packing(chunk_size):
     ids = jnp.repeat(jnp.array([4, 0, 4]), jnp.array([13, 20, 5]), total_repeat_length=38)[None]
-    where = places(ids.shape, segment_ids=ids)
+    where = token_positions(ids.shape, segment_ids=ids)
     expected = by_transformers(np.ones(ids.shape, bool), chunk_size, positions=where.positions)
-    assert np.array_equal(visible(where, where, chunk_size), expected)
+    assert np.array_equal(attention_mask(where, where, chunk_size), expected)
 
 
 def test_places_of_a_plain_row():
-    where = places((2, 3))
+    where = token_positions((2, 3))
     assert where.positions.tolist() == [[0, 1, 2]] * 2
     assert where.segments.tolist() == [[0, 0, 0]] * 2
     assert where.positions.dtype == where.segments.dtype == jnp.int32
@@ -117,7 +117,7 @@ def test_places_of_a_plain_row():
 
 def test_places_count_real_tokens_only():
     mask = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 0], [0] * 6], bool)
-    where = places(mask.shape, mask=mask, start=jnp.array([0, 7, 1_000_000, 3]))
+    where = token_positions(mask.shape, mask=mask, start=jnp.array([0, 7, 1_000_000, 3]))
     assert where.positions.tolist() == [
         [0, 0, 0, 1, 2, 3],
         [7, 8, 9, 0, 0, 0],
@@ -129,7 +129,7 @@ def test_places_count_real_tokens_only():
 
 def test_places_of_documents():
     ids = jnp.array([[9, 9, 9, 2, 2, 5, -1, -3], [-1, -1, 4, 4, 1, 4, 4, 4]])
-    where = places(ids.shape, segment_ids=ids)
+    where = token_positions(ids.shape, segment_ids=ids)
     assert where.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0, 1, 2]]
     # The second 4 of a row is another document than the first.
     assert where.segments.tolist() == [[0, 0, 0, 1, 1, 2, -1, -1], [-1, -1, 1, 1, 2, 3, 3, 3]]
@@ -138,20 +138,20 @@ def test_places_of_documents():
 def test_places_of_documents_with_a_mask():
     ids = jnp.array([[1, 1, 1, 1, 6, 6, 6]])
     mask = jnp.array([[0, 1, 0, 1, 0, 1, 1]], bool)
-    where = places(ids.shape, segment_ids=ids, mask=mask)
+    where = token_positions(ids.shape, segment_ids=ids, mask=mask)
     assert where.positions.tolist() == [[0, 0, 0, 1, 0, 0, 1]]
     assert where.segments.tolist() == [[-1, 0, -1, 0, -1, 1, 1]]
 
 
 def test_only_a_rows_first_document_is_resumed():
     ids = jnp.array([[-1, 3, 3, 8, 8, 8]])
-    where = places(ids.shape, segment_ids=ids, start=jnp.array([40]))
+    where = token_positions(ids.shape, segment_ids=ids, start=jnp.array([40]))
     assert where.positions.tolist() == [[0, 40, 41, 0, 1, 2]]
 
 
 def test_given_positions_are_kept():
     mask, positions = jnp.array([True, True, False]), jnp.array([5, 900, 7])
-    where = places((3,), mask=mask, positions=positions)
+    where = token_positions((3,), mask=mask, positions=positions)
     assert where.positions.tolist() == [5, 900, 0]
     assert where.segments.tolist() == [0, 0, -1]
 
@@ -160,9 +160,9 @@ def test_given_positions_are_kept():
 def test_any_batch_axes(chunk_size):
     mask = jnp.arange(5) >= jnp.array([[[0], [2]], [[1], [4]]])
     start = jnp.array([[0, 10], [20, 31]])
-    whole = places(mask.shape, mask=mask, start=start)
-    seen = visible(whole, whole, chunk_size)
+    whole = token_positions(mask.shape, mask=mask, start=start)
+    seen = attention_mask(whole, whole, chunk_size)
     for i, j in np.ndindex(start.shape):
-        row = places((5,), mask=mask[i, j], start=start[i, j])
+        row = token_positions((5,), mask=mask[i, j], start=start[i, j])
         assert eqx.tree_equal(row, jax.tree.map(lambda x, i=i, j=j: x[i, j], whole))
-        assert np.array_equal(seen[i, j], visible(row, row, chunk_size))
+        assert np.array_equal(seen[i, j], attention_mask(row, row, chunk_size))

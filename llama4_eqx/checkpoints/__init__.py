@@ -1,0 +1,11 @@
+"""Checkpoints: Hugging Face folders, Meta's files, and the state of a training run.
+
+`convert_meta_checkpoint` needs the extra `meta`, `TrainCheckpointer` the extra `train`.
+"""
+
+from llama4_eqx.checkpoints.errors import CheckpointError as CheckpointError
+from llama4_eqx.checkpoints.hugging_face import load_checkpoint as load_checkpoint
+from llama4_eqx.checkpoints.hugging_face import save_checkpoint as save_checkpoint
+from llama4_eqx.checkpoints.meta import convert_meta_checkpoint as convert_meta_checkpoint
+from llama4_eqx.checkpoints.training_run import Checkpointable as Checkpointable
+from llama4_eqx.checkpoints.training_run import TrainCheckpointer as TrainCheckpointer

@@ -1,0 +1,215 @@
+"""Safetensors files: reading slices of tensors, and writing in parts from several processes."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
+_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in DTYPES.items()}
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The file of a tensor, and its shape and dtype there, the latter as safetensors names it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(folder: Path, selected: Callable[[str], bool]) -> dict[str, Header]:
+    """The selected tensors in the folder, by name, from the files' headers.
+
+    Raises `CheckpointError` with every missing or damaged file, and `FileNotFoundError` where there
+    are no weights at all.
+    """
+    index, problems = folder / INDEX, []
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again.") from error
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map, files = {}, [SINGLE]
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+    found = {}
+    for name in files:
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            problems.append(f"file {name} is missing")
+            continue
+        try:
+            with safe_open(path, framework="numpy") as source:
+                for tensor in source.keys():  # noqa: SIM118 (not a dict)
+                    if tensor in found:
+                        problems.append(f"{tensor} is in both {found[tensor].file.name} and {name}")
+                    view = source.get_slice(tensor)
+                    found[tensor] = Header(path, tuple(view.get_shape()), view.get_dtype())
+        except SafetensorError as error:
+            problems.append(f"file {name} is truncated or damaged ({error})")
+    problems += [
+        f"{tensor} is not in {name}, where the index says it is"
+        for tensor, name in weight_map.items()
+        if tensor not in found and not any(name in problem for problem in problems)
+    ]
+    if problems:
+        raise cannot_load(folder, problems)
+    return {name: header for name, header in found.items() if selected(name)}
+
+
+def reader(
+    view: Any, axes: Sequence[tuple[int, ...]], offset: int = 0
+) -> Callable[[Any], np.ndarray]:
+    """Returns a cached reader: `read(index)` takes a slice per axis of the leaf and returns that
+    part.
+
+    `view` is what safetensors' `get_slice` returns. `axes` has, for each axis of the tensor, the
+    sizes of the leaf's axes that it joins; the leaf begins at `offset` of the last one.
+    """
+    sizes = tuple(size for joined in axes for size in joined)
+
+    @cache
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        rest = [slice(*bound) for bound in bounds]
+        runs = [_runs(joined, [rest.pop(0) for _ in joined]) for joined in axes]
+        runs[-1] = [slice(run.start + offset, run.stop + offset) for run in runs[-1]]
+        return _joined(view, runs).reshape([stop - start for start, stop in bounds])
+
+    def part(index: Index) -> np.ndarray:
+        bounds = (at.indices(size)[:2] for at, size in zip(index, sizes, strict=True))
+        return read(tuple(bounds))
+
+    return part
+
+
+def _runs(sizes: tuple[int, ...], index: Sequence[slice]) -> list[slice]:
+    """The contiguous runs of a part of some axes once they are joined to one."""
+    positions = np.arange(math.prod(sizes)).reshape(sizes)[tuple(index)].ravel()
+    ends = np.flatnonzero(np.diff(positions) != 1) + 1
+    return [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(positions, ends)]
+
+
+def _joined(view: Any, runs: list[list[slice]], fixed: Index = ()) -> np.ndarray:
+    axis = len(fixed)
+    if axis == len(runs):
+        return view[fixed]
+    parts = [_joined(view, runs, (*fixed, run)) for run in runs[axis]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def file_header(entries: list[Entry]) -> tuple[bytes, list[int]]:
+    """The header of a file that holds the tensors in this order, and each tensor's start in it.
+
+    Raises a `ValueError` for a dtype that `load_checkpoint` doesn't read.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = np.cumsum([0, *(entry.size for entry in entries)]).tolist()
+    for entry, start, end in zip(entries, ends[:-1], ends[1:], strict=True):
+        if entry.dtype not in _DTYPE_NAMES:
+            raise ValueError(
+                f"{entry.name} is {entry.dtype}, but must be one of "
+                f"{', '.join(dtype.name for dtype in _DTYPE_NAMES)}: cast the model before saving."
+            )
+        dtype, shape = _DTYPE_NAMES[entry.dtype], entry.shape
+        content[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [len(header) + start for start in ends[:-1]]
+
+
+def create_file(path: Path, header: bytes, size: int) -> None:
+    """Creates a file of `size` bytes that begins with the header; the rest is reserved.
+
+    Raises an `OSError` if the disk has no room for it.
+    """
+    with path.open("xb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+        file.write(header)
+
+
+def parts(leaf: Any, layer: int | None) -> list[tuple[Index, np.ndarray]]:
+    """The parts of an array, or of one layer of a stacked one, that this process writes, as
+    `(index, part)`. The processes' parts together are every element exactly once."""
+    found = []
+    for index, part in _shards(leaf):
+        index = tuple(slice(*at.indices(size)) for at, size in zip(index, leaf.shape, strict=True))
+        if layer is None:
+            found.append((index, np.asarray(part)))
+        elif index[0].start <= layer < index[0].stop:
+            found.append((index[1:], np.asarray(part[layer - index[0].start])))
+    return _merged(found)
+
+
+def _shards(leaf: Any) -> list[tuple[Index, Any]]:
+    if isinstance(leaf, jax.Array):
+        return [(s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
+    return [((slice(None),) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
+
+
+def _merged(found: list[tuple[Index, np.ndarray]]) -> list[tuple[Index, np.ndarray]]:
+    """One part instead of several that fill a box: its rows are longer, so fewer writes."""
+    if len(found) < 2:
+        return found
+    starts = np.array([[at.start for at in index] for index, _ in found])
+    stops = np.array([[at.stop for at in index] for index, _ in found])
+    first, last = starts.min(0), stops.max(0)
+    if math.prod(last - first) != sum(part.size for _, part in found):
+        return found
+    box = np.empty(last - first, found[0][1].dtype)
+    for start, stop, (_, part) in zip(starts - first, stops - first, found, strict=True):
+        box[tuple(map(slice, start, stop))] = part
+    return [(tuple(map(slice, first.tolist(), last.tolist())), box)]
+
+
+def write_part(
+    file: BufferedIOBase, start: int, shape: tuple[int, ...], index: Index, part: np.ndarray
+) -> None:
+    """Writes one of the `parts` of an array of that shape, which starts at byte `start`.
+
+    Writes only the part's own bytes and reads none, so processes on several machines can write to
+    one file on a network disk, which a memory map doesn't allow.
+    """
+    sharded = [axis for axis, size in enumerate(part.shape) if size != shape[axis]]
+    axis = sharded[-1] if sharded else 0
+    outer = [np.arange(at.start, at.stop) for at in index[:axis]]
+    rows = np.ravel_multi_index(np.ix_(*outer, [index[axis].start]), shape[: axis + 1]).ravel()
+    content = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(len(rows), -1)
+    step = math.prod(shape[axis + 1 :]) * part.dtype.itemsize
+    for row, run in zip(rows.tolist(), content, strict=True):
+        file.seek(start + row * step)
+        file.write(run.data)

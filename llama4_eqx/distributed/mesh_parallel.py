@@ -1,0 +1,250 @@
+"""The model on a mesh of devices: what runs where, and which collectives that takes.
+
+Inside `jax.shard_map`, each device runs the model's own code on its shard of the tokens with its
+shard of the parameters. Which axes are sharded is read off the rules; the collectives follow:
+
+- parameters sharded in storage only (`hidden`) are all-gathered, layer by layer, for use (FSDP);
+- of `heads`, `ff` and `vocab` each device computes its shard, and the results are all-reduced;
+- tokens go to their `experts` by all-to-all if the experts' mesh axes shard the batch, too; else
+  devices along them hold the same tokens, and the experts' outputs are all-reduced;
+- along a sharded `seq`, global layers all-gather keys and values, and chunk-local layers need none
+  if every chunk lies on one device;
+- over a cache's sharded `slots`, each device attends to its own, and the softmax is all-reduced.
+
+Tokens that can't be sharded evenly, such as the one of a decoding step, are replicated.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from llama4_eqx.axes import axis_words, leaf_name
+from llama4_eqx.decoder import Decoder
+from llama4_eqx.distributed.rules import Rules
+from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.layers.collectives import AxisNames, MeshAxes, psum_over, pvary
+from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.linear import linear
+from llama4_eqx.layers.lowrank import has_updates, merged
+from llama4_eqx.layers.remat import RematPolicy
+from llama4_eqx.parallel import Parallel, TokenSums
+from llama4_eqx.projector import MultiModalProjector
+from llama4_eqx.vision import VisionModel
+
+T = TypeVar("T")
+# What isn't an axis of parameters, or is never sharded while a layer runs.
+_NOT_STORED = {"batch", "seq", "slots", "layers"}
+
+
+class MeshParallel(Parallel):
+    """Runs a model on a mesh, sharded by rules. Made by `llama4_eqx.distributed.shard`."""
+
+    mesh: Mesh = eqx.field(static=True)
+    rules: Rules = eqx.field(static=True)
+
+    def embed(
+        self, table: Float[Array, "vocab hidden"], tokens: Int[Array, "*batch seq"]
+    ) -> Float[Array, "*batch seq hidden"]:
+        # If the table's hidden axis is sharded along the tokens' mesh axes, devices exchange their
+        # tokens' ids and embeddings by all-to-all, which is less than gathering the table.
+        lead = self._token_axes(tokens.shape)
+        mesh_axes = self._mesh_axes(lead)
+        vocab, hidden = self.rules["vocab"], self.rules["hidden"]
+        hidden_axes = hidden if set(hidden) <= set(mesh_axes.tokens) else ()
+        vocab_axes = self._vocab_axes(mesh_axes)
+
+        def local(table, tokens):
+            table = pvary(table, mesh_axes.tokens)
+            table = table if hidden_axes else mesh_axes.all_gather(table, hidden, axis=1)
+            table = table if vocab_axes else mesh_axes.all_gather(table, vocab, axis=0)
+            ids = lax.all_gather(tokens, hidden_axes) if hidden_axes else tokens[None]
+            if vocab_axes:
+                ids = pvary(ids, vocab_axes) - lax.axis_index(vocab_axes) * len(table)
+                here = ((ids >= 0) & (ids < len(table)))[..., None]
+                found = jnp.where(here, table.at[ids].get(mode="clip"), 0)
+            else:
+                found = table[ids]
+            if hidden_axes:
+                found = lax.all_to_all(found, hidden_axes, 0, found.ndim - 1, tiled=True)
+            return psum_over(found[0], vocab_axes)
+
+        in_specs = P(vocab or None, hidden or None), P(*lead)
+        return self._shard_map(local, in_specs, P(*lead, None))(table, tokens)
+
+    def decode(
+        self,
+        decoder: Decoder,
+        x: Float[Array, "*batch seq hidden"],
+        context: Context,
+        cache: KVCache | None,
+        *,
+        remat: RematPolicy,
+        key: PRNGKeyArray | None,
+    ) -> tuple[
+        Float[Array, "*batch seq hidden"],
+        KVCache | None,
+        Float[Array, "layers *batch seq experts"],
+    ]:
+        lead = self._token_axes(x.shape[:-1])
+        rings = [] if cache is None else [*cache.blocks, *cache.tail]
+        mesh_axes = self._mesh_axes(lead, slots=math.gcd(*(ring.slots for ring in rings)))
+        decoder = self._merged(decoder)
+        arrays, static = eqx.partition(decoder, eqx.is_array)
+
+        def local(arrays, x, tokens, rotation, span, cache, key):
+            # Here, so that gradients are summed once for all layers, not in each.
+            decoder = eqx.combine(pvary(arrays, mesh_axes.tokens), static)
+            context = Context(tokens, rotation, span, mesh_axes)
+            return decoder(x, context, cache, remat=remat, key=key)
+
+        cached = None if cache is None else _cache_specs(cache, lead, mesh_axes)
+        of_token, of_row = P(*lead), P(*lead[:-1])
+        in_specs = self._specs(decoder), of_token, of_token, of_token, of_row, cached, P()
+        out_specs = of_token, cached, P(None, *lead)
+        run = self._shard_map(local, in_specs, out_specs)
+        return run(arrays, x, context.tokens, context.rotation, context.span, cache, key)
+
+    def unembed(
+        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"]
+    ) -> Float[Array, "*batch vocab"]:
+        lead = self._token_axes(hidden.shape[:-1])
+        mesh_axes = self._mesh_axes(lead)
+        vocab_axes = self._vocab_axes(mesh_axes)
+
+        def local(hidden, head):
+            return linear(pvary(hidden, vocab_axes), self._head(head, mesh_axes, vocab_axes))
+
+        in_specs = P(*lead, None), self._head_spec()
+        return self._shard_map(local, in_specs, P(*lead, vocab_axes or None))(hidden, head)
+
+    def token_sums(
+        self,
+        sums: TokenSums[T],
+        hidden: Float[Array, "*batch hidden"],
+        labels: Int[Array, "*batch"],
+        weights: Float[Array, "*batch"],
+        head: Float[Array, "vocab hidden"],
+    ) -> T:
+        lead = self._token_axes(labels.shape)
+        mesh_axes = self._mesh_axes(lead)
+        vocab_axes = self._vocab_axes(mesh_axes)
+
+        def local(hidden, labels, weights, head):
+            head = self._head(head, mesh_axes, vocab_axes)
+            found = sums(pvary(hidden, vocab_axes), labels, weights, head, vocab_axes)
+            return jax.tree.map(lambda x: psum_over(x, mesh_axes.tokens), found)
+
+        in_specs = P(*lead, None), P(*lead), P(*lead), self._head_spec()
+        return self._shard_map(local, in_specs, P())(hidden, labels, weights, head)
+
+    def encode_images(
+        self,
+        vision_model: VisionModel,
+        projector: MultiModalProjector,
+        pixel_values: Float[Array, "tiles channels height width"],
+        *,
+        remat: RematPolicy,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "tiles image_tokens hidden"]:
+        # Data parallel: tiles are sharded like the batch, the encoder and the result replicated.
+        replicated = NamedSharding(self.mesh, P())
+        tiles = NamedSharding(self.mesh, P(self._fitting("batch", len(pixel_values)) or None))
+
+        def replicate(x):
+            return lax.with_sharding_constraint(x, replicated)
+
+        vision_model, projector = jax.tree.map(replicate, (vision_model, projector))
+        pixel_values = lax.with_sharding_constraint(pixel_values, tiles)
+        features = projector(vision_model(pixel_values, remat=remat, key=key))
+        return replicate(lax.with_sharding_constraint(features, tiles))
+
+    def _shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def _fitting(self, word: str, size: int) -> AxisNames:
+        """The mesh axes for a word, or the first of them that divide the size."""
+        axes, experts = self.rules[word], set(self.rules["experts"])
+        # The experts' mesh axes shard the tokens either all or not at all.
+        while size % math.prod(self.mesh.shape[axis] for axis in axes) or (
+            0 < len(experts & set(axes)) < len(experts)
+        ):
+            axes = axes[:-1]
+        return axes
+
+    def _token_axes(self, shape: tuple[int, ...]) -> tuple[AxisNames | None, ...]:
+        """What shards each axis of `"*batch seq"`; the first one is the batch, if there are two."""
+        *batch, seq = shape
+        axes = [self._fitting("batch", batch[0])] if batch else []
+        axes += [()] * (len(batch) - 1) + [self._fitting("seq", seq)]
+        return tuple(one or None for one in axes)
+
+    def _mesh_axes(self, lead: tuple[AxisNames | None, ...], *, slots: int = 0) -> MeshAxes:
+        tokens = tuple(axis for axes in lead for axis in axes or ())
+        fsdp_axes = {word: self.rules[word] for word in self.rules if word not in _NOT_STORED}
+
+        def tensor_parallel(word: str) -> AxisNames:
+            return () if set(self.rules[word]) & set(tokens) else fsdp_axes.pop(word, ())
+
+        heads = ()
+        if self.rules["heads"] == self.rules["kv_heads"]:
+            heads = tensor_parallel("heads") and tensor_parallel("kv_heads")
+        return MeshAxes(
+            tokens=tokens,
+            seq=lead[-1] or (),
+            heads=heads,
+            ff=tensor_parallel("ff"),
+            experts=fsdp_axes.pop("experts", ()),
+            slots=self._fitting("slots", slots) if slots else (),
+            fsdp_axes=tuple(fsdp_axes.items()),
+        )
+
+    def _specs(self, module: T) -> T:
+        """The partition specs of a module's arrays."""
+        words = axis_words(module)
+
+        def spec(path: Any, leaf: Any) -> Any:
+            axes = (
+                None if w == "layers" else self.rules[w] or None for w in words[leaf_name(path)]
+            )
+            return P(*axes)
+
+        return jax.tree_util.tree_map_with_path(spec, eqx.filter(module, eqx.is_array))
+
+    def _merged(self, decoder: Decoder) -> Decoder:
+        """The decoder with low-rank updates added to its weights, shard by shard: their factors
+        aren't sharded like the weights."""
+        if not has_updates(decoder):
+            return decoder
+        decoder = merged(decoder)
+        shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs(decoder))
+        return lax.with_sharding_constraint(decoder, shardings)
+
+    def _vocab_axes(self, mesh_axes: MeshAxes) -> AxisNames:
+        """The mesh axes along which each device computes with its shard of the vocabulary."""
+        axes = self.rules["vocab"]
+        return () if set(axes) & set(mesh_axes.tokens) else axes
+
+    def _head_spec(self) -> P:
+        return P(self.rules["vocab"] or None, self.rules["hidden"] or None)
+
+    def _head(self, head: Array, mesh_axes: MeshAxes, vocab_axes: AxisNames) -> Array:
+        head = pvary(head, mesh_axes.tokens)
+        head = mesh_axes.all_gather(head, self.rules["hidden"], axis=1)
+        return head if vocab_axes else mesh_axes.all_gather(head, self.rules["vocab"], axis=0)
+
+
+def _cache_specs(cache: KVCache, lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes) -> Any:
+    ring = P(*lead[:-1], mesh_axes.heads or None, mesh_axes.slots or None, None)
+    blocks = jax.tree.map(lambda _: P(None, *ring), cache.blocks)
+    tail = jax.tree.map(lambda _: ring, cache.tail)
+    of_row = P(*lead[:-1])
+    specs = blocks, tail, of_row, of_row
+    return eqx.tree_at(lambda c: (c.blocks, c.tail, c.start, c.length), cache, specs)

@@ -1,0 +1,191 @@
+"""One training step as a pure function; the loop around it is yours."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from llama4_eqx.lowering import lower
+
+LossFunction = Callable[[Any, Any, PRNGKeyArray], tuple[Array, Array, PyTree]]
+"""From model, batch and (dropout) key to the mean loss, the number of targets that it is a mean
+over, and anything else to report, which is averaged like the loss."""
+
+
+class TrainState(eqx.Module):
+    """Everything that a run carries from step to step, and that its checkpoints hold.
+
+    `ema` is the exponential moving average of the trained leaves, if one is kept.
+    """
+
+    model: PyTree
+    opt_state: PyTree
+    ema: PyTree | None
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+
+    def ema_model(self) -> Any:
+        """The model with the moving averages of its trained leaves."""
+        if self.ema is None:
+            raise ValueError("No average is kept: pass ema=True to init_train_state.")
+        return eqx.combine(self.ema, self.model)
+
+
+class StepMetrics(eqx.Module):
+    """What a step reports: the loss before its update, the number of targets that it is a mean
+    over, the gradients' global norm before clipping, and the loss function's own `aux`."""
+
+    loss: Float[Array, ""]
+    num_targets: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    aux: PyTree
+
+
+def init_train_state(
+    model: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: PRNGKeyArray,
+    trainable: PyTree = eqx.is_inexact_array,
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step. `trainable` must be that of `make_train_step`.
+
+    The model is part of the state, so the first step donates its arrays.
+    """
+    trained = eqx.filter(model, trainable)
+    return TrainState(
+        model=model,
+        opt_state=optimizer.init(trained),
+        # Copies, since a step donates its arguments.
+        ema=jax.tree.map(jnp.copy, trained) if ema else None,
+        step=jnp.zeros((), jnp.int32),
+        key=key.copy(),
+    )
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """`state, metrics = step(state, batch)`, compiled; donates the old state."""
+
+    _jitted: Any  # what `eqx.filter_jit` returns
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
+        return self._jitted(batch, state)
+
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """Lowers the step, from arrays or shapes: see `llama4_eqx.lowering.lower`."""
+        return lower(self, state, batch, donate=0)
+
+
+def make_train_step(
+    optimizer: optax.GradientTransformation,
+    loss_function: LossFunction,
+    *,
+    trainable: PyTree = eqx.is_inexact_array,
+    micro_batches: int | None = None,
+    clip_norm: float | None = None,
+    compute_dtype: DTypeLike | None = None,
+    ema_decay: float = 0.999,
+    after_update: Callable[[Any, StepMetrics], Any] | None = None,
+) -> TrainStep:
+    """A step of `optimizer` down the gradient of `loss_function`.
+
+    `trainable` filters the leaves to train, as `llama4_eqx.axes.select` does. With `micro_batches`,
+    each array of a batch has an extra leading axis of that size; gradients are accumulated over
+    them, and the step equals that of the one large batch: losses, `aux` and gradients are averaged
+    by each micro-batch's number of targets.
+
+    Gradients are scaled down to a global norm of at most `clip_norm`. With a `compute_dtype`, such
+    as `jnp.bfloat16`, the loss function gets model and batch cast to it; parameters, accumulated
+    gradients and the optimiser keep their dtypes. The moving average, if the state keeps one, moves
+    by `1 - ema_decay`, and faster at first: by at least 9 / (10 + step).
+
+    `after_update(model, metrics)` may change the model last, outside of any gradient; see
+    `llama4_eqx.training.expert_bias`.
+    """
+
+    def weighted(trained, frozen, batch, key):
+        model, batch = _cast((eqx.combine(trained, frozen), batch), compute_dtype)
+        loss, num_targets, aux = loss_function(model, batch, key)
+        num_targets = num_targets.astype(jnp.float32)
+        loss = loss.astype(jnp.float32) * num_targets
+        return loss, (loss, num_targets, jax.tree.map(lambda leaf: leaf * num_targets, aux))
+
+    gradient = eqx.filter_grad(weighted, has_aux=True)
+
+    def sums(trained, frozen, batch, key):
+        if micro_batches is None:
+            return gradient(trained, frozen, batch, key)
+        _check_micro_batches(batch, micro_batches)
+        keys = jax.random.split(key, micro_batches)
+
+        def add(total, micro_batch):
+            one = gradient(trained, frozen, *micro_batch)
+            return jax.tree.map(jnp.add, total, one), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
+        shapes = eqx.filter_eval_shape(gradient, trained, frozen, *first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return lax.scan(add, zeros, (batch, keys))[0]
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch: PyTree, state: TrainState) -> tuple[TrainState, StepMetrics]:
+        trained, frozen = eqx.partition(state.model, trainable)
+        key = jax.random.fold_in(state.key, state.step)
+        total, (loss, num_targets, aux) = sums(trained, frozen, batch, key)
+        mean = 1 / jnp.where(num_targets > 0, num_targets, 1)
+        gradients = jax.tree.map(lambda leaf: leaf * mean.astype(leaf.dtype), total)
+        norm = optax.tree.norm(gradients)
+        aux = jax.tree.map(lambda leaf: leaf * mean, aux)
+        metrics = StepMetrics(loss * mean, num_targets, norm, aux)
+        if clip_norm is not None:
+            scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30))
+            gradients = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients)
+        # An optimiser's schedule may mix the step's integer with floats.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        trained = eqx.apply_updates(trained, updates)
+        ema = _updated_ema(state.ema, trained, ema_decay, state.step)
+        model = eqx.combine(trained, frozen)
+        if after_update is not None:
+            model = after_update(model, metrics)
+        return TrainState(model, opt_state, ema, state.step + 1, state.key), metrics
+
+    return TrainStep(step)
+
+
+def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
+    if dtype is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
+
+
+def _check_micro_batches(batch: PyTree, micro_batches: int) -> None:
+    shapes = [leaf.shape for leaf in jax.tree.leaves(batch)]
+    if any(shape[:1] != (micro_batches,) for shape in shapes):
+        raise ValueError(
+            f"Each array of a batch must have {micro_batches} micro-batches along its first axis, "
+            f"but their shapes are {', '.join(map(str, shapes))}: reshape the batch."
+        )
+
+
+def _updated_ema(
+    ema: PyTree | None, trained: PyTree, decay: float, step: Int[Array, ""]
+) -> PyTree | None:
+    if ema is None:
+        return None
+    steps = step.astype(jnp.float32)
+    step_size = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
+    with jax.numpy_dtype_promotion("standard"):  # averages may be in bfloat16
+        updated = optax.incremental_update(trained, ema, step_size)
+    return optax.tree.cast_like(updated, ema)
