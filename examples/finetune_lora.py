@@ -14,16 +14,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from digits import Digits, Example, ask, collate, load_split, loss_function, picture, read
 from tqdm import tqdm
-from train_digits import FOLDER as DIGITS
-from train_digits import Digits, Example, ask, collate, digits, loss_function, picture, read
 
 import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer
 from llama4_eqx.processing.tokenizer import Tokenizer
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, select
 
-FOLDER = Path("runs/finetune_lora")
+DIGITS, FOLDER = Path("runs/digits"), Path("runs/finetune_lora")
 STEPS, ROWS, LEARNING_RATE = 300, 16, 3e-3
 IN_A_ROW = 3
 TESTS = 256
@@ -35,7 +34,7 @@ def main(steps: int = STEPS, folder: Path = FOLDER, digits_folder: Path = DIGITS
         return
     model = l4.load_checkpoint(digits_folder / "model")
     tokenizer = byte_tokenizer()
-    seen, held_out = digits()
+    seen, held_out = load_split()
     random = np.random.default_rng(1)
     tests = [backwards(tokenizer, held_out, random) for _ in range(TESTS)]
     print(f"Before: {right(model, tokenizer, tests):.1%} of {TESTS} rows are read backwards.")

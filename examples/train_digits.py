@@ -13,23 +13,32 @@ experts.png (which expert reads what), and the model as a Hugging Face folder.
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from digits import (
+    HELD_OUT,
+    TILES,
+    Digits,
+    Example,
+    ask,
+    collate,
+    load_split,
+    loss_function,
+    picture,
+    read,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from optax.contrib import muon
-from PIL import Image
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import DATA, connect, device_put_global, shard, unshard
-from llama4_eqx.processing import ImageProcessor, byte_tokenizer, load_tokenizer, process
+from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from llama4_eqx.processing.tokenizer import IMAGE_END, IMAGE_START, PATCH, Tokenizer
 from llama4_eqx.training import (
     init_train_state,
@@ -41,9 +50,6 @@ from llama4_eqx.training import (
 
 FOLDER = Path("runs/digits")
 STEPS, LEARNING_RATE = 1000, 4e-3
-HELD_OUT = 360
-WARP = 1.5  # how far the corners of a digit may move in training, in its pixels
-TILES = ImageProcessor(tile_size=16, patch_size=4)
 # How many digits stand in each picture of a row. All batches have these rows, and so one shape.
 TWO = [(2, 2), (1, 3), (2, 2), (3, 1)]
 ROWS = [(4,)] * 16 + [(3,)] * 4 + [(2,), (1,)] * 2 + TWO * 2
@@ -51,26 +57,10 @@ TEST_ROWS = [row for two in TWO * 16 for row in [(1,), (2,), (3,), (4,), two]]
 TEST_BATCHES = 8
 
 
-class Digits(NamedTuple):
-    """Pictures of 8 x 8 pixels, from black to white, and what they are of."""
-
-    images: np.ndarray
-    values: np.ndarray
-
-
-class Example(NamedTuple):
-    """A conversation as tokens and tiles; the tokens end with the answer's bytes and `<|eot|>`."""
-
-    tokens: np.ndarray
-    tiles: np.ndarray
-    pictures: list[np.ndarray]
-    answer: str
-
-
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     connect()
     tokenizer = byte_tokenizer()
-    seen, held_out = digits()
+    seen, held_out = load_split()
     print(f"{len(seen.values):,} digits to learn from, {HELD_OUT} held out.")
     model = l4.Llama4(config(tokenizer), key=jax.random.key(0))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
@@ -99,16 +89,6 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     model, tokenizer = l4.load_checkpoint(folder / "model"), load_tokenizer(folder / "model")
     for one, answer in zip(tests[-6:], read(model, tokenizer, tests[-6:]), strict=True):
         print(f"    {answer!r} where {one.answer!r} stands")
-
-
-def digits() -> tuple[Digits, Digits]:
-    """Those to learn from, and those that are held out."""
-    pixels, values = load_digits(return_X_y=True)
-    images = np.rint(np.reshape(pixels, (-1, 8, 8)) * 255 / 16).astype(np.uint8)
-    return (
-        Digits(images[:-HELD_OUT], values[:-HELD_OUT]),
-        Digits(images[-HELD_OUT:], values[-HELD_OUT:]),
-    )
 
 
 def config(tokenizer: Tokenizer) -> l4.Llama4Config:
@@ -165,63 +145,6 @@ def example(
     return ask(tokenizer, pictures, "Read it.", answer)
 
 
-def ask(tokenizer: Tokenizer, pictures: list[np.ndarray], question: str, answer: str) -> Example:
-    """A user's turn of pictures and a question, and the assistant's answer."""
-    content = [*[{"type": "image"}] * len(pictures), {"type": "text", "text": question}]
-    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    inputs = process(tokenizer, chat, pictures, image_processor=TILES, add_generation_prompt=False)
-    return Example(inputs.tokens, np.asarray(inputs.pixel_values), pictures, answer)
-
-
-def picture(images: np.ndarray, random: np.random.Generator | None) -> np.ndarray:
-    """Images of digits in a row, twice as large; with a `random`, each is turned, moved, warped and
-    inked a little differently."""
-    side = TILES.tile_size
-    row = np.zeros((side, side * (len(images) + 1)), np.uint8)
-    for i, image in enumerate(np.pad(images, ((0, 0), (4, 4), (4, 4)))):
-        # Where in the image, of which the digit is the middle half, the corners of a place in the
-        # row come from: upper left, lower left, lower right, upper right.
-        corners, ink, fade = np.array([[-8, -4], [-8, 4], [8, 4], [8, -4]]), 1.0, 1.0
-        if random is not None:
-            turn, (ink, fade) = random.uniform(-0.3, 0.3), np.exp(random.uniform(-0.3, 0.3, 2))
-            cos, sin = np.cos(turn), np.sin(turn)
-            corners = corners @ [[cos, sin], [-sin, cos]] * np.exp(random.uniform(-0.2, 0.2))
-            corners = corners + random.uniform(-WARP, WARP, (4, 2)) + random.uniform(-0.7, 0.7, 2)
-        drawn = Image.fromarray(image).transform(
-            (2 * side, side),
-            Image.Transform.QUAD,
-            tuple((corners + 8).flat),
-            Image.Resampling.BICUBIC,
-        )
-        inked = np.clip(ink * 255 * (np.asarray(drawn) / 255) ** fade, 0, 255).astype(np.uint8)
-        place = row[:, i * side : (i + 2) * side]
-        np.maximum(place, inked, out=place)
-    return row[:, side // 2 : -side // 2]
-
-
-def collate(tokenizer: Tokenizer, examples: list[Example]) -> dict[str, Any]:
-    """The arguments of `next_token_loss`, padded on the right; only answers are to be learnt."""
-    ends = np.array([[len(one.tokens)] for one in examples])
-    starts = ends - [[len(one.answer) + 1] for one in examples]
-    place = np.arange(ends.max())
-    tokens = np.full((len(examples), len(place)), tokenizer.pad_id, np.int32)
-    tokens[place < ends] = np.concatenate([one.tokens for one in examples])
-    return {
-        "tokens": jnp.asarray(tokens),
-        "mask": jnp.asarray(place < ends),
-        "target_mask": jnp.asarray((starts <= place) & (place < ends)),
-        "pixel_values": jnp.asarray(np.concatenate([one.tiles for one in examples])),
-    }
-
-
-def loss_function(model: l4.Llama4, batch: dict[str, Any], key: jax.Array) -> tuple[Any, Any, Any]:
-    """The loss, with a little of the experts' imbalance; the tokens that it is a mean over; and the
-    cross-entropy alone."""
-    loss = next_token_loss(model, **batch, key=key)
-    balance = router_report(loss.router_logits, top_k=1, mask=loss.mask).balance_loss.mean()
-    return loss.token.total + 0.01 * balance, loss.token.num_tokens, loss.token.cross_entropy
-
-
 def train(
     model: l4.Llama4, tokenizer: Tokenizer, seen: Digits, steps: int
 ) -> tuple[l4.Llama4, np.ndarray]:
@@ -253,20 +176,6 @@ def train(
         if i % 10 == 0:
             bar.set_postfix_str(f"{float(metrics.aux):.3f} nats per token of the answers")
     return state.model, np.array(losses)
-
-
-def read(model: l4.Llama4, tokenizer: Tokenizer, examples: list[Example]) -> list[str]:
-    """What the model, asked about the examples' pictures, answers. It gets no answers to see."""
-    batch = collate(tokenizer, examples)
-    new = l4.generate(
-        model,
-        jnp.where(batch["target_mask"], tokenizer.pad_id, batch["tokens"]),
-        mask=batch["mask"] & ~batch["target_mask"],
-        pixel_values=batch["pixel_values"],
-        max_new_tokens=max(len(one.answer) for one in examples) + 1,
-        stop_ids=tokenizer.stop_ids,
-    )
-    return [tokenizer.decode(row) for row in np.asarray(new)]
 
 
 def report(examples: list[Example], answers: list[str]) -> None:

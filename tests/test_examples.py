@@ -28,6 +28,7 @@ from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from tests.toys import MULTIMODAL, their_embeddings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # the examples import each other
 
 
 def run(script: str, *arguments: str, cwd: Path | None = None) -> str:
@@ -206,7 +207,7 @@ def test_digits_are_split_by_their_writers(digits_folder):
         with PIL.Image.open(folder / "runs/digits" / name) as picture:
             assert min(picture.size) > 300
     example = runpy.run_path(str(EXAMPLES / "train_digits.py"))
-    seen, held_out = example["digits"]()
+    seen, held_out = example["load_split"]()
     everything = np.concatenate([seen.images, held_out.images])
     truth = np.rint(sklearn.datasets.load_digits().images * 255 / 16)
     np.testing.assert_array_equal(everything, truth)
@@ -222,7 +223,7 @@ def test_transformers_reads_digits_the_same(digits_folder):
     random, tokenizer = np.random.default_rng(5), load_tokenizer(folder)
     model = l4.load_checkpoint(folder)
     for counts in ((4,), (2, 1)):
-        one = example["example"](tokenizer, example["digits"]()[1], counts, random)
+        one = example["example"](tokenizer, example["load_split"]()[1], counts, random)
         tokens = jnp.asarray(one.tokens[: -len(one.answer) - 1])
         pixels = jnp.asarray(one.tiles)
         embeddings = their_embeddings(reference, tokens, pixels)
