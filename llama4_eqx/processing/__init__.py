@@ -1,4 +1,4 @@
-"""Chats, texts and images to what the model takes, and token ids back to text: no JAX here."""
+"""Chats, texts and images to the model's inputs, and token ids back to text; runs on the host."""
 
 from llama4_eqx.processing.chat import ImagePart as ImagePart
 from llama4_eqx.processing.chat import Message as Message
@@ -16,5 +16,5 @@ from llama4_eqx.processing.inputs import assistant_mask as assistant_mask
 from llama4_eqx.processing.inputs import process as process
 from llama4_eqx.processing.tokenizer import Tokenizer as Tokenizer
 from llama4_eqx.processing.tokenizer import TokenStream as TokenStream
-from llama4_eqx.processing.tokenizer import byte_tokenizer as byte_tokenizer
-from llama4_eqx.processing.tokenizer import load_tokenizer as load_tokenizer
+from llama4_eqx.processing.tokenizer_files import load_tokenizer as load_tokenizer
+from llama4_eqx.processing.tokenizer_json import byte_tokenizer as byte_tokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, final
 
 from llama4_eqx.processing.images import ImageSource
-from llama4_eqx.processing.tokenizer import (
+from llama4_eqx.processing.special_tokens import (
     BEGIN_OF_TEXT,
     EOT,
     HEADER_END,
@@ -27,8 +27,8 @@ from llama4_eqx.processing.tokenizer import (
     IMAGE,
     PYTHON_END,
     PYTHON_START,
-    Tokenizer,
 )
+from llama4_eqx.processing.tokenizer import Tokenizer
 
 # The name in the header of each role's messages. What a tool returned is signed "ipython".
 _HEADERS = {name: name for name in ("system", "user", "assistant", "ipython")} | {"tool": "ipython"}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Union, final
 import numpy as np
 from jaxtyping import Float
 
-from llama4_eqx.processing.tokenizer import (
+from llama4_eqx.processing.special_tokens import (
     IMAGE,
     IMAGE_END,
     IMAGE_START,

@@ -8,14 +8,8 @@ from jaxtyping import Bool, Float, Int32
 
 from llama4_eqx.processing.chat import Message, encode_chat
 from llama4_eqx.processing.images import ImageProcessor, ImageSource, TiledImage
-from llama4_eqx.processing.tokenizer import (
-    EOM,
-    EOT,
-    HEADER_END,
-    HEADER_START,
-    IMAGE,
-    Tokenizer,
-)
+from llama4_eqx.processing.special_tokens import EOM, EOT, HEADER_END, HEADER_START, IMAGE
+from llama4_eqx.processing.tokenizer import Tokenizer
 
 
 class Inputs(NamedTuple):
