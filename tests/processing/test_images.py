@@ -2,17 +2,29 @@
 
 import contextlib
 import io
+import json
 import re
+import subprocess
 import sys
+import tempfile
+import tracemalloc
+import warnings as python_warnings
 import zlib
 from pathlib import Path
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_transforms import convert_to_rgb
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 
 from llama4_eqx.processing import (
@@ -109,6 +121,17 @@ def processor():
     return ImageProcessor()
 
 
+@contextlib.contextmanager
+def simplefilter(action):
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter(action)
+        yield
+
+
+def unchecked_annotations():
+    return mock.patch.object(jaxtyping.config, "jaxtyping_disable", True)
+
+
 # --- tiles
 
 
@@ -166,6 +189,15 @@ def test_rest_of_the_grid_is_black():
 def test_mean_and_std_normalise():
     values = ImageProcessor(tile_size=28, mean=0.2, std=0.4)(np.full((28, 28), 51, np.uint8))
     np.testing.assert_allclose(values.pixel_values, 0, atol=1e-6)
+    mean, std = (0.2, 0.3, 0.4), (0.5, 1.0, 2.0)
+    pixels = picture(28, 28)
+    values = ImageProcessor(tile_size=28, mean=mean, std=std)(pixels).pixel_values
+    assert values.dtype == np.float32
+    by_torch = torch.tensor(pixels).permute(2, 0, 1).float() / 255
+    by_torch = (by_torch - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    np.testing.assert_allclose(values[0], by_torch, atol=1e-6)
+    numpy_scalar = ImageProcessor(tile_size=28, mean=np.float64(0.5), std=np.float64(0.5))
+    assert numpy_scalar(pixels).pixel_values.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -174,10 +206,24 @@ def test_mean_and_std_normalise():
         ({"tile_size": 330}, "a whole number of patches.*330"),
         ({"tile_size": 42}, "a whole number of patches.*42"),
         ({"pixel_shuffle_ratio": 0.01}, "a whole number of patches"),
-        ({"max_tiles": 0}, "max_tiles must be at least 1; got 0"),
+        ({"max_tiles": 0}, "max_tiles must be a whole number of at least 1; got 0"),
+        ({"max_tiles": True}, "max_tiles must be a whole number"),
+        ({"max_tiles": "16"}, "max_tiles must be a whole number.*'16'"),
+        ({"tile_size": 336.0}, "tile_size must be a whole number"),
+        ({"patch_size": 0}, "patch_size must be a whole number"),
+        ({"patch_size": -14}, "patch_size must be a whole number"),
+        ({"pixel_shuffle_ratio": float("nan")}, "pixel_shuffle_ratio must be a number"),
+        ({"pixel_shuffle_ratio": 0}, "pixel_shuffle_ratio must be a number"),
+        ({"pixel_shuffle_ratio": 2.0}, "pixel_shuffle_ratio must be.* at most 1"),
+        ({"mean": float("nan")}, "mean must be a finite number"),
+        ({"mean": (0.5, 0.5)}, "mean must be a finite number, or one for each of 3 channels"),
+        ({"mean": "0.5"}, "mean must be a finite number"),
+        ({"std": 0}, "std must be above 0; got 0"),
+        ({"std": (0.5, 0.5, -1)}, "std must be above 0"),
+        ({"std": True}, "std must be a finite number"),
     ],
 )
-def test_bad_sizes(options, error):
+def test_bad_sizes(options, error, unchecked):
     with pytest.raises(ValueError, match=error):
         ImageProcessor(**options)
 
@@ -228,13 +274,59 @@ def test_all_sources_of_an_image_are_the_same(tmp_path):
     image = PIL.Image.fromarray(pixels)
     image.save(tmp_path / "a.png")
     with open(tmp_path / "a.png", "rb") as file:
-        for source in (pixels, image, file, file_of(image, "PNG"), tmp_path / "a.png"):
+        content = (tmp_path / "a.png").read_bytes()
+        of_bytes = (content, bytearray(content))
+        for source in (pixels, image, file, file_of(image, "PNG"), tmp_path / "a.png", *of_bytes):
             np.testing.assert_array_equal(pixels_of(source), pixels)
     np.testing.assert_array_equal(pixels_of(str(tmp_path / "a.png")), pixels)
     np.testing.assert_array_equal(pixels_of(pixels / np.float32(255)), pixels)
     np.testing.assert_array_equal(pixels_of(pixels / 255), pixels)
     np.testing.assert_array_equal(pixels_of(pixels.astype(np.uint16) * 257), pixels)
     np.testing.assert_array_equal(pixels_of(pixels[::-1, ::-1]), pixels[::-1, ::-1])
+
+
+def test_arrays_of_all_libraries():
+    pixels = picture(20, 30)
+    for convert in (jnp.asarray, torch.tensor, np.asarray):
+        np.testing.assert_array_equal(pixels_of(convert(pixels)), pixels)
+        first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        np.testing.assert_array_equal(pixels_of(convert(first)), pixels)
+        np.testing.assert_array_equal(pixels_of(convert(first[:1])), pixels[..., [0, 0, 0]])
+    fractions = pixels / np.float32(255)
+    np.testing.assert_array_equal(pixels_of(torch.tensor(fractions, requires_grad=True)), pixels)
+    np.testing.assert_array_equal(pixels_of(jnp.asarray(fractions)), pixels)
+    for half in (jnp.bfloat16, jnp.float16):
+        near = pixels_of(jnp.asarray(fractions, half)).astype(int)
+        assert np.abs(near - pixels).max() <= 1
+    np.testing.assert_array_equal(
+        pixels_of(torch.tensor(fractions).bfloat16()), pixels_of(jnp.asarray(fractions, "bfloat16"))
+    )
+    # Where both the first and the last axis may be channels, the last is meant.
+    for shape in ((3, 50, 3), (1, 2, 3), (4, 4, 4), (1, 9, 1)):
+        assert load_image(np.zeros(shape, np.uint8)).size == (shape[1], shape[0])
+
+
+def test_channels_first_with_alpha():
+    pixels = np.dstack([picture(16, 16), np.arange(256).reshape(16, 16)]).astype(np.uint8)
+    first = torch.tensor(pixels).permute(2, 0, 1)[:, :9]
+    np.testing.assert_array_equal(pixels_of(first), pixels_of(pixels[:9]))
+
+
+def test_traced_arrays_are_named():
+    with pytest.raises(ValueError, match=r"an array with values; got .*Tracer"):
+        jax.jit(lambda image: load_image(image).size)(jnp.zeros((8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("source", [None, 5, [[1, 2]], {"path": "a.png"}, object()])
+def test_sources_of_another_kind(source, unchecked):
+    with pytest.raises(ValueError, match=f"an image must be a path.*{type(source).__name__}"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("source", ["https://a.org/b.png", "data:image/png;base64,iVBORw0KGgo="])
+def test_nothing_is_fetched(source):
+    with pytest.raises(ValueError, match=r"must be a local file.*nothing is fetched"):
+        load_image(source)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGB", "CMYK", "YCbCr", "LAB", "HSV"])
@@ -260,7 +352,10 @@ def test_transparent_shows_white():
         file_of(PIL.Image.fromarray(pixels), "PNG"),
     ):
         np.testing.assert_allclose(pixels_of(source), expected, atol=1)
+    premultiplied = PIL.Image.fromarray(pixels).convert("RGBa")
+    np.testing.assert_allclose(pixels_of(premultiplied), expected, atol=2)
     grey = PIL.Image.fromarray(pixels).convert("LA")
+    np.testing.assert_allclose(pixels_of(grey.convert("La")), pixels_of(grey), atol=2)
     light = np.asarray(grey)[..., :1]
     np.testing.assert_allclose(
         pixels_of(grey), np.repeat(alpha * light + (1 - alpha) * 255, 3, -1), atol=1
@@ -314,16 +409,19 @@ def test_images_are_turned_upright(orientation, upright):
 
 def test_the_first_frame_counts():
     frames = [PIL.Image.new("L", (3, 3), level) for level in (10, 200)]
-    file = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(pixels_of(file), 10)
+    for form in ("GIF", "TIFF", "PNG", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        file = file_of(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_array_equal(pixels_of(file), 10)
 
 
-def test_sources_are_left_as_they_are():
-    pixels = np.dstack([picture(20, 30), picture(20, 30)[..., :1]])
-    image = PIL.Image.fromarray(pixels)
-    load_image(image)
-    assert image.mode == "RGBA"
-    np.testing.assert_array_equal(np.asarray(image), pixels)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK"])
+def test_modes_are_those_of_transformers(mode):
+    image = PIL.Image.fromarray(picture(20, 30))
+    if "A" in mode:
+        image.putalpha(PIL.Image.fromarray(picture(20, 30)[..., 1]))
+    image = image.convert(mode)
+    np.testing.assert_array_equal(pixels_of(image), convert_to_rgb(image, return_numpy=True))
 
 
 # --- what is no image
@@ -372,12 +470,93 @@ def test_lazily_opened_images_are_named(tmp_path):
         load_image(image)
 
 
+@pytest.mark.parametrize("warnings", ["error", "ignore"])
 @pytest.mark.parametrize("side", [4, 40])  # from the limit on it warns, from twice that it refuses
-def test_too_large(tmp_path, monkeypatch, side):
-    PIL.Image.new("L", (side, side)).save(tmp_path / "big.png")
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "GIF", "TIFF"])
+def test_too_large(tmp_path, monkeypatch, side, form, warnings):
+    file = tmp_path / f"big.{form.lower()}"
+    image = PIL.Image.new("L", (side, side))
+    image.save(file)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"big\.png is too large.*MAX_IMAGE_PIXELS"):
-        load_image(tmp_path / "big.png")
+    with (
+        simplefilter(warnings),
+        pytest.raises(ValueError, match=rf"big\.{form.lower()} is too large.*MAX_IMAGE_PIXELS"),
+    ):
+        load_image(file)
+    assert load_image(image).size == (side, side)  # decoded already
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(file).size == (side, side)
+
+
+def test_decompression_bomb(tmp_path):
+    """200 million pixels in 200 kB: refused by the header, not decoded."""
+    file = tmp_path / "bomb.png"
+    with simplefilter("ignore"):
+        PIL.Image.new("1", (20_000, 10_000)).save(file)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.png is too large"):
+        load_image(file)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        EPS,
+        b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + bytes(22) + EPS,
+        b"\xd7\xcd\xc6\x9a\0\0" + bytes(16) + b"\x01\0\t\0" + bytes(40),  # WMF
+        b"GRIB" + bytes(3) + b"\1" + bytes(40),
+        b"%PDF-1.4\n%%EOF",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    ],
+)
+def test_no_picture_starts_a_program(tmp_path, monkeypatch, content):
+    """Pillow's decoder of EPS starts Ghostscript, whatever the name of the file."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("started a program")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", refuse)
+    (tmp_path / "cat.jpg").write_bytes(content)
+    for source in (tmp_path / "cat.jpg", content, io.BytesIO(content)):
+        with pytest.raises(ValueError, match=r"can't be read as an image.*none of the formats"):
+            load_image(source)
+
+
+def test_no_opened_picture_starts_a_program(monkeypatch):
+    started = []
+
+    def ghostscript(*args, **kwargs):
+        started.append(args)
+        return PIL.Image.new("RGB", (99, 99)).im
+
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", ghostscript)
+    image = PIL.Image.open(io.BytesIO(EPS))
+    with pytest.raises(ValueError, match="in the format EPS, but only AVIF"):
+        load_image(image)
+    assert not started
+    image.load()  # by the user's own will
+    assert started
+    assert load_image(image).size == (99, 99)
+
+
+@pytest.mark.parametrize("form", ["AVIF", "JPEG2000"])
+def test_newer_formats_are_read(form):
+    image = PIL.Image.new("RGB", (64, 32), (10, 200, 30))
+    assert np.abs(pixels_of(file_of(image, form)).astype(int) - (10, 200, 30)).max() <= 4
+
+
+def test_pictures_of_phones(tmp_path):
+    """Two JPEGs in one file, of which Pillow makes its own format."""
+    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ("black", "white")]
+    file = file_of(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert PIL.Image.open(io.BytesIO(file.getvalue())).format == "MPO"
+    np.testing.assert_array_equal(pixels_of(file), 0)
 
 
 def test_missing_files(tmp_path):
@@ -390,10 +569,21 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("array", "error"),
     [
-        (np.zeros((3, 8, 9), np.uint8), r"\(3, 8, 9\): move channels last"),
+        (np.zeros((2, 8, 9), np.uint8), r"\(2, 8, 9\): pass the images"),
+        (np.zeros((8, 9, 2), np.uint8), r"\(8, 9, 2\)"),
+        (np.zeros((), np.uint8), r"shape \(\)"),
+        (np.zeros((8, 9), complex), "got complex128"),
+        (np.zeros((8, 9), np.int8), "got int8"),
+        (np.array([["a"]]), "got <U1"),
+        (torch.zeros(3, 8, 9, dtype=torch.int64), "got int64"),
+        (torch.full((3, 8, 9), 255.0), "from 0 to 1; got 255"),
+        (torch.zeros(2, 3, 8, 9), r"shape \(2, 3, 8, 9\)"),
+        (jnp.zeros((8, 9, 3), jnp.int32), "got int32"),
+        (np.zeros((3, 0, 9), np.uint8), "must have pixels"),
+        (torch.zeros(3, 8, 0), "must have pixels"),
         (np.zeros((1, 8, 9, 3), np.uint8), r"axes height, width.*\(1, 8, 9, 3\)"),
         (np.zeros(8, np.uint8), "axes height, width"),
-        (np.zeros((8, 9, 3), np.int64), r"got int64.*astype\(np\.uint8\)"),
+        (np.zeros((8, 9, 3), np.int64), "got int64.*cast it to uint8"),
         (np.zeros((8, 9), bool), "got bool"),
         (np.full((8, 9), 255.0), "from 0 to 1; got 255.0 to 255.0: divide"),
         (np.full((8, 9), -0.1), "from 0 to 1; got -0.1"),
@@ -418,6 +608,161 @@ def test_missing_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r"`pillow` package: pip install 'llama4_eqx\[images\]'"):
         load_image(io.BytesIO())
+
+
+# --- the settings of a checkpoint
+
+# As `transformers` writes them, with one value of each changed from the default.
+IMAGE_SETTINGS = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_processor_type": "Llama4ImageProcessorFast",
+    "image_std": [0.4, 0.5, 0.6],
+    "max_patches": 4,
+    "resample": 2,
+    "rescale_factor": 0.00392156862745098,
+    "resize_to_max_canvas": False,
+    "size": {"height": 112, "width": 112},
+    "processor_class": "Llama4Processor",
+    "crop_size": None,
+    "unknown": "field",
+}
+EXPECTED = ImageProcessor(112, 14, 0.5, 4, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+OLD = {"size": {"height": 28, "width": 28}, "image_processor_type": "Llama4ImageProcessor"}
+PROCESSOR = {"processor_class": "Llama4Processor", "patch_size": 14}
+
+
+def write(folder: Path, **files) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"preprocessor_config": IMAGE_SETTINGS},
+        {"preprocessor_config": IMAGE_SETTINGS, "processor_config": PROCESSOR},
+        {"processor_config": PROCESSOR | {"image_processor": IMAGE_SETTINGS}},
+        {
+            "processor_config": {"image_processor": IMAGE_SETTINGS},
+            "preprocessor_config": OLD,
+        },
+    ],
+)
+def test_settings_are_found_as_in_transformers(tmp_path, files):
+    write(tmp_path, **files)
+    theirs, _ = ImageProcessingMixin.get_image_processor_dict(tmp_path)
+    assert theirs == IMAGE_SETTINGS
+    assert ImageProcessor.from_folder(tmp_path) == EXPECTED
+
+
+def test_other_nestings_of_settings(tmp_path):
+    assert ImageProcessor.from_folder(write(tmp_path, processor_config=IMAGE_SETTINGS)) == EXPECTED
+    (tmp_path / "processor_config.json").unlink()
+    write(tmp_path, preprocessor_config={"image_processor": IMAGE_SETTINGS})
+    assert ImageProcessor.from_folder(str(tmp_path)) == EXPECTED
+
+
+def test_released_settings_are_the_defaults(tmp_path):
+    released = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_patches": 16, "resample": 2}
+    released |= {"size": {"height": 336, "width": 336}}
+    write(tmp_path, preprocessor_config=released, processor_config=PROCESSOR)
+    image = picture(500, 700)
+    np.testing.assert_array_equal(
+        ImageProcessor.from_folder(tmp_path)(image).pixel_values,
+        ImageProcessor()(image).pixel_values,
+    )
+    assert ImageProcessor.from_folder(write(tmp_path, preprocessor_config=OLD)).tile_size == 28
+    nulls = dict.fromkeys(IMAGE_SETTINGS)
+    assert ImageProcessor.from_folder(write(tmp_path, preprocessor_config=nulls)).max_tiles == 16
+    one_number = {"image_mean": 0.3, "size": 56, "do_normalize": True, "resample": "bilinear"}
+    read = ImageProcessor.from_folder(write(tmp_path, preprocessor_config=one_number))
+    assert (read.mean, read.tile_size) == (0.3, 56)
+    read = ImageProcessor.from_folder(write(tmp_path, preprocessor_config={"do_normalize": False}))
+    assert (read.mean, read.std) == (0, 1)
+
+
+def test_sizes_of_tokens_are_those_of_the_model(tmp_path):
+    vision = {"vision_config": {"patch_size": 7, "pixel_shuffle_ratio": 0.25}}
+    write(tmp_path, preprocessor_config=OLD, config=vision)
+    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(28, 7, 0.25)
+    write(tmp_path, config={"vision_config": None}, processor_config={"pixel_shuffle_ratio": 1.0})
+    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(28, 14, 1.0)
+    write(tmp_path, config=vision)
+    with pytest.raises(
+        ValueError, match=r"pixel_shuffle_ratio must be the same.* got 1\.0 and 0\."
+    ):
+        ImageProcessor.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"size": {"height": 336, "width": 112}}, "size must be an equal height and width"),
+        ({"size": {"shortest_edge": 336}}, "size must be an equal"),
+        ({"size": "336"}, "size must be an equal"),
+        ({"size": {"height": "336", "width": "336"}}, "tile_size must be a whole number.*'336'"),
+        ({"size": {"height": 100, "width": 100}}, "a whole number of patches"),
+        ({"size": -336}, "tile_size must be"),
+        ({"max_patches": 0}, "max_tiles must be.*max_patches"),
+        ({"max_patches": 2.5}, "max_tiles must be"),
+        ({"max_patches": "16"}, "max_tiles must be"),
+        ({"max_patches": True}, "max_tiles must be"),
+        ({"image_mean": [0.5, 0.5]}, "mean must be"),
+        ({"image_mean": ["0.5"] * 3}, "mean must be"),
+        ({"image_mean": float("nan")}, "mean must be"),
+        ({"image_std": [0.5, 0.5, 0]}, "std must be above 0"),
+        ({"image_std": {}}, "std must be"),
+        ({"do_resize": False}, "do_resize must be true; got False"),
+        ({"do_rescale": "true"}, "do_rescale must be true; got 'true'"),
+        ({"resize_to_max_canvas": True}, "resize_to_max_canvas must be false"),
+        ({"do_normalize": "false"}, "do_normalize must be true or false"),
+        ({"resample": 3}, "resample must be 2"),
+        ({"rescale_factor": 1.0}, "rescale_factor must be 1/255"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be 1/255"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "another model's.*CLIP"),
+    ],
+)
+def test_senseless_settings(tmp_path, change, error, unchecked):
+    write(tmp_path, preprocessor_config=IMAGE_SETTINGS | change)
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: .*{error}"):
+        ImageProcessor.from_folder(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None)
+@given(name=st.sampled_from(sorted(IMAGE_SETTINGS)), value=json_values)
+def test_any_value_is_read_or_refused(name, value):
+    with tempfile.TemporaryDirectory() as folder, unchecked_annotations():
+        write(Path(folder), preprocessor_config=IMAGE_SETTINGS | {name: value})
+        with contextlib.suppress(ValueError):
+            assert isinstance(ImageProcessor.from_folder(folder), ImageProcessor)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "version https://git-lfs"])
+def test_broken_settings(tmp_path, content):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json (is not|must hold)"):
+        ImageProcessor.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{}, {"processor_config": PROCESSOR}])
+def test_missing_settings(tmp_path, files):
+    write(tmp_path, **files)
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config\.json nor an image_proc"):
+        ImageProcessor.from_folder(tmp_path)
+    with pytest.raises(OSError, match="Can't load image processor"):  # theirs
+        ImageProcessingMixin.get_image_processor_dict(tmp_path)
 
 
 # --- chats with images
@@ -515,7 +860,7 @@ def test_as_many_images_as_places(tokenizer, count):
 
 
 def test_a_bad_image_is_named_by_its_place(tokenizer):
-    bad = np.zeros((3, 9, 9), np.uint8)
+    bad = np.zeros((2, 9, 9), np.uint8)
     content = [ImagePart(), "and", ImagePart()]
     with pytest.raises(ValueError, match="image 2 of the conversation: an array must"):
         process(tokenizer, [Message("user", content)], [picture(9, 9), bad])
