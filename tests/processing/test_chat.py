@@ -3,8 +3,6 @@
 import json
 import sys
 
-import jaxtyping
-import jinja2
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -219,7 +217,7 @@ def test_dicts_are_messages():
         ({"role": "user<|header_end|>", "content": ""}, "role must be one of"),
         ({"content": "hi"}, "got the keys"),
         ({"role": "user", "text": "hi"}, "got the keys.*text"),
-        ({"role": "user"}, "content must be a string or a list of parts; got NoneType"),
+        ({"role": "user"}, "content must be a string or a list of parts.*got NoneType"),
         ({"role": "user", "content": ["hi"]}, "a part of a content is.*got 'hi'"),
         ({"role": "user", "content": [{"type": "text"}]}, "a part of a content is"),
         (
@@ -230,10 +228,13 @@ def test_dicts_are_messages():
         ({"role": "system", "content": [{"type": "image"}]}, "show images; got a system's"),
         ({"role": "tool", "content": [{"type": "image"}]}, "show images; got a tool's"),
         ({"role": "user", "content": "", "tool_calls": [CALL]}, "only the assistant calls"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, "a tool call has"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+            "a tool call must have",
+        ),
         (
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
-            "arguments as a dict or as JSON",
+            "arguments as a dict or as the JSON of one",
         ),
     ],
 )
@@ -242,9 +243,8 @@ def test_bad_messages(message, error):
         format_chat([message])
 
 
-def test_parts_are_not_dicts(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would complain first
-    with pytest.raises(ValueError, match=r"'type'.*there is Message\.from_dict"):
+def test_parts_are_not_dicts(unchecked):
+    with pytest.raises(ValueError, match=r"'type'.*use Message\.from_dict"):
         Message("user", [{"type": "text", "text": "a"}])
 
 
@@ -335,7 +335,7 @@ def test_template_renders_as_in_transformers(tmp_path, template, messages, in_co
 )
 def test_templates_are_caged(tmp_path, template):
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(jinja2.exceptions.SecurityError):
+    with pytest.raises(ValueError, match=r"can't render these messages \(.* unsafe"):
         load_chat_template(tmp_path)([{"role": "user", "content": ""}])
 
 
