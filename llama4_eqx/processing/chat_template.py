@@ -13,7 +13,6 @@ from llama4_eqx.processing.json_files import read_json_object, read_text
 from llama4_eqx.processing.messages import Message, to_json
 from llama4_eqx.processing.tools import tool_schemas
 
-_SPECIAL_NAMES = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 # Options of `apply_chat_template` in `transformers` that are no variables of a template: a template
 # would ignore them.
 _NOT_VARIABLES = frozenset(
@@ -176,7 +175,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     )
     if "added_tokens_decoder" not in config:
         config |= legacy
-    named = {name: config.get(name) for name in _SPECIAL_NAMES}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        config |= config[key] if isinstance(config.get(key), dict) else {}
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
     named = {k: x.get("content") if isinstance(x, dict) else x for k, x in named.items()}
     return {name: token for name, token in named.items() if isinstance(token, str)}
 
