@@ -53,6 +53,11 @@ def collate(
             "pad to a greater length (a cut could separate images from their tokens)"
         )
     pixels = [row.pixel_values for row in rows if row.pixel_values is not None]
+    for tiles in pixels:
+        if not np.issubdtype(tiles.dtype, np.floating):
+            raise ValueError(
+                f"pixel_values must be normalised floats, as process() gives; got {tiles.dtype}"
+            )
     shapes = {tiles.shape[1:] for tiles in pixels}
     if len(shapes) > 1:
         raise ValueError(

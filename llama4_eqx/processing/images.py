@@ -166,7 +166,9 @@ def _is_number(value: object) -> bool:
     )
 
 
-def _channels(value: float | tuple[float, float, float]) -> Float[np.ndarray, "channels 1 1"]:
+def _channels(
+    value: float | tuple[float, float, float],
+) -> Float[np.ndarray, "channels height width"]:
     return np.asarray(value, np.float32).reshape(-1, 1, 1)
 
 

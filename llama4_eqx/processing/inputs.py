@@ -1,5 +1,6 @@
 """Chats with images to what the model is called with."""
 
+import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ def process(
     """
     turns = as_messages(messages)
     parts = [part for turn in turns for part in turn.image_parts]
+    is_one_file = isinstance(images, str | bytes | os.PathLike) or hasattr(images, "read")
+    is_one_array = getattr(images, "ndim", 4) < 4  # with four axes its items are images
+    if is_one_file or is_one_array or not isinstance(images, Iterable):
+        raise ValueError(f"images must be a list of images; got one {type(images).__name__}")
     given = list(images)
     places = sum(part.image is None for part in parts)
     if places != len(given):

@@ -859,6 +859,19 @@ def test_as_many_images_as_places(tokenizer, count):
         process(tokenizer, QUESTION, [picture(9, 9)] * count)
 
 
+def test_images_are_a_list(tokenizer, tmp_path, unchecked):
+    image = PIL.Image.fromarray(picture(9, 9))
+    image.save(tmp_path / "a.png")
+    messages = [Message("user", [ImagePart()])]
+    with open(tmp_path / "a.png", "rb") as file:
+        for one in (str(tmp_path / "a.png"), tmp_path / "a.png", file, image, picture(9, 9), b""):
+            with pytest.raises(ValueError, match=f"a list of images; got one {type(one).__name__}"):
+                process(tokenizer, messages, one)
+    alone = process(tokenizer, messages, [picture(9, 9)])
+    batch = process(tokenizer, messages, picture(9, 9)[None])
+    np.testing.assert_array_equal(batch.pixel_values, alone.pixel_values)
+
+
 def test_a_bad_image_is_named_by_its_place(tokenizer):
     bad = np.zeros((2, 9, 9), np.uint8)
     content = [ImagePart(), "and", ImagePart()]
