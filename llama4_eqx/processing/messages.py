@@ -64,7 +64,9 @@ class Message:
     def __post_init__(self):
         # The role is written into the prompt: the model knows no others.
         if not isinstance(self.role, str) or self.role not in HEADER_NAMES:
-            raise ValueError(f"role must be one of {', '.join(HEADER_NAMES)}; got {self.role!r}")
+            raise ValueError(
+                f"role must be one of {', '.join(HEADER_NAMES)}; got {_short(self.role)}"
+            )
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"only the assistant calls tools; got tool_calls of the {self.role}")
         if isinstance(self.content, Mapping):

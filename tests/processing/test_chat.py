@@ -1,7 +1,9 @@
 """The chat format against the released template and Meta's code; injection; errors."""
 
 import json
+from unittest import mock
 
+import jaxtyping
 import numpy as np
 import pytest
 import transformers
@@ -398,3 +400,42 @@ def test_contents_of_another_form(unchecked):
         with pytest.raises(ValueError, match="content must be a text or a list of parts"):
             Message("user", content)
     assert format_chat([Message("user", [])]) == format_chat([Message("user", "")])
+
+
+# --- any JSON value in any place
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+roles = st.sampled_from(["system", "user", "assistant", "tool", "ipython"]) | json_values
+part = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image"]) | json_values},
+    optional={"text": st.text() | json_values, "image": json_values, "path": json_values},
+)
+function = st.fixed_dictionaries({}, optional={"name": json_values, "arguments": json_values})
+turn = st.fixed_dictionaries(
+    {"role": roles},
+    optional={
+        "content": st.text() | st.lists(part, max_size=3) | json_values,
+        "tool_calls": st.lists(function | json_values, max_size=2) | json_values,
+        "name": json_values,
+    },
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    messages=st.lists(turn, max_size=3) | json_values,
+    tools=st.none() | st.lists(json_values, max_size=2) | json_values,
+    ending=st.sampled_from(["add_generation_prompt", "continue_final_message"]),
+)
+def test_any_chat_is_text_or_refused(messages, tools, ending):
+    with mock.patch.object(jaxtyping.config, "jaxtyping_disable", True):
+        try:
+            text = format_chat(messages, tools=tools, **{ending: True})
+        except ValueError as error:
+            text = str(error)
+    sentence = "\n" not in text and len(text) < 600
+    assert text.startswith("<|begin_of_text|>") or sentence
