@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
+_MOST_TILES = 10_000
+
+
 class Fit(NamedTuple):
     """The grid of tiles chosen for an image, and the size in pixels that the image has in it."""
 
@@ -68,6 +71,8 @@ class ImageProcessor:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if self.max_tiles > _MOST_TILES:  # all grids of so many are compared
+            raise ValueError(f"max_tiles must be at most {_MOST_TILES:,}; got {self.max_tiles}")
         if not _is_number(self.pixel_shuffle_ratio) or not 0 < self.pixel_shuffle_ratio <= 1:
             raise ValueError(
                 "pixel_shuffle_ratio must be a number above 0 and at most 1; got "
