@@ -1,24 +1,27 @@
-"""Images to the tiles that the vision model sees, and to the tokens that stand for them.
+"""Images to the tiles that the vision model sees, and to the tokens that represent them.
 
-An image is resized, in its own proportions, into the top left corner of a grid of square tiles, and
+An image is resized, keeping its aspect ratio, into the top left corner of a grid of square tiles;
 the rest is black. If there are several tiles, the whole image follows, squeezed into one more.
 
 This is Meta's reference (llama-models 0.3.0, `llama4/preprocess.py`) value for value: Pillow's
 antialiased bilinear resize of 8-bit pixels, normalised in float32. `transformers` 5.24 resizes with
-torchvision and normalises in bfloat16, so that its values are up to 1.5 of 255 levels away (far
-more where an image is a single pixel wide); and as it computes sizes in float32, a few shapes (one
-of 6,000 at random) come out a row or column off.
+torchvision and normalises in bfloat16, so its values differ by up to 1.5 of 255 levels (by far more
+if an image is one pixel wide); and as it computes sizes in float32, a few shapes (one of 6,000 at
+random) differ by a row or column.
 """
 
 import dataclasses
 import math
 import os
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Union, final
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Float
 
-from llama4_eqx.processing.tokenizer import (
+from llama4_eqx.processing.image_config import read_image_settings
+from llama4_eqx.processing.image_files import ImageSource, load_image, pillow
+from llama4_eqx.processing.special_tokens import (
     IMAGE,
     IMAGE_END,
     IMAGE_START,
@@ -30,9 +33,8 @@ from llama4_eqx.processing.tokenizer import (
 if TYPE_CHECKING:
     import PIL.Image
 
-# A file (its path, or opened in binary mode), a Pillow image, or an array: "height width" for grey,
-# else "height width channels"; 8- or 16-bit unsigned integers, or fractions from 0 to 1.
-ImageSource = Union[str, os.PathLike[str], BinaryIO, np.ndarray, "PIL.Image.Image"]
+
+_MOST_TILES = 10_000
 
 
 class Fit(NamedTuple):
@@ -61,19 +63,52 @@ class ImageProcessor:
     patch_size: int = 14
     pixel_shuffle_ratio: float = 0.5
     max_tiles: int = 16
-    mean: float = 0.5
-    std: float = 0.5
+    mean: float | tuple[float, float, float] = 0.5
+    std: float | tuple[float, float, float] = 0.5
 
     def __post_init__(self):
+        for name in ("tile_size", "patch_size", "max_tiles"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        if self.max_tiles > _MOST_TILES:  # all grids of so many are compared
+            raise ValueError(f"max_tiles must be at most {_MOST_TILES:,}; got {self.max_tiles}")
+        if not _is_number(self.pixel_shuffle_ratio) or not 0 < self.pixel_shuffle_ratio <= 1:
+            raise ValueError(
+                "pixel_shuffle_ratio must be a number above 0 and at most 1; got "
+                f"{self.pixel_shuffle_ratio!r}"
+            )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            channels = value if isinstance(value, tuple) else (value,)
+            if len(channels) not in (1, 3) or not all(map(_is_number, channels)):
+                raise ValueError(
+                    f"{name} must be a finite number, or one for each of 3 channels; got {value!r}"
+                )
+            if name == "std" and min(channels) <= 0:
+                raise ValueError(f"std must be above 0; got {value!r}")
         side = self.tile_size / self.patch_size * self.pixel_shuffle_ratio
         if side < 1 or side % 1 or self.tile_size % self.patch_size:
             raise ValueError(
-                "a tile must have a whole number of patches a side, and of tokens: got tile_size "
+                "a tile's side must be a whole number of patches, and of tokens: got tile_size "
                 f"{self.tile_size}, patch_size {self.patch_size}, pixel_shuffle_ratio "
                 f"{self.pixel_shuffle_ratio}"
             )
-        if self.max_tiles < 1:
-            raise ValueError(f"max_tiles must be at least 1; got {self.max_tiles}")
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "ImageProcessor":
+        """From the preprocessor_config.json or processor_config.json of a checkpoint.
+
+        Errors: `FileNotFoundError` if there is neither; `ValueError` for values that make no sense
+        or that ask for what Llama 4's images don't have, such as another interpolation.
+        """
+        settings, source = read_image_settings(Path(folder))
+        try:
+            return cls(**settings)
+        except ValueError as error:
+            raise ValueError(
+                f"{source}: {error} (there named size, max_patches, image_mean and image_std)"
+            ) from error
 
     @property
     def tokens_per_tile(self) -> int:
@@ -81,8 +116,8 @@ class ImageProcessor:
         return int(self.tile_size // self.patch_size * self.pixel_shuffle_ratio) ** 2
 
     def fit(self, height: int, width: int) -> Fit:
-        """The grid for an image of this size: the one that enlarges it least; if it is too large
-        for all, the one that shrinks it least; of several that do, the smallest."""
+        """The grid for an image of this size: the one that enlarges it least; if none is large
+        enough, the one that shrinks it least; of several, the one with the fewest tiles."""
         tile = self.tile_size
         grids = [
             (rows, columns)
@@ -107,7 +142,7 @@ class ImageProcessor:
     def __call__(self, source: ImageSource) -> TiledImage:
         """The normalised tiles of an image. Errors: as `load_image`."""
         image = load_image(source)
-        pil, tile = _pillow(), self.tile_size
+        pil, tile = pillow(), self.tile_size
         bilinear = pil.Image.Resampling.BILINEAR
         rows, columns, height, width = self.fit(image.height, image.width)
         grid = pil.Image.new("RGB", (columns * tile, rows * tile))
@@ -117,103 +152,43 @@ class ImageProcessor:
         if len(pixels) > 1:
             whole = np.asarray(image.resize((tile, tile), bilinear)).transpose(2, 0, 1)
             pixels = np.concatenate([pixels, whole[None]])
-        return TiledImage((pixels.astype(np.float32) / 255 - self.mean) / self.std, rows, columns)
+        values = (pixels.astype(np.float32) / 255 - _channels(self.mean)) / _channels(self.std)
+        return TiledImage(values, rows, columns)
 
     def layout(self, rows: int, columns: int) -> list[str]:
-        """The special tokens that stand for an image of so many tiles in a prompt, by name."""
+        """The names of the special tokens that represent an image of that grid in a prompt."""
         tile = [PATCH] * self.tokens_per_tile
         row = [*[*tile, TILE_X_SEPARATOR] * (columns - 1), *tile, TILE_Y_SEPARATOR]
         grid = row * rows if rows * columns > 1 else []
         return [IMAGE_START, *grid, IMAGE, *tile, IMAGE_END]
 
 
-def load_image(source: ImageSource) -> "PIL.Image.Image":
-    """The image in 8-bit RGB, turned upright where its EXIF data say so.
-
-    What is transparent shows white, as in `transformers`, and for RGBA in Meta's code. 16-bit grey
-    is scaled: Pillow's `convert`, and with it both, would clip it. The first of frames is taken.
-
-    Errors: `ValueError` for a file that can't be read, one so large that Pillow takes it for an
-    attack, and an array of another kind; `OSError`, such as `FileNotFoundError`, as from `open`.
-    """
-    if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source))
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            return load_image(file)
-    pil = _pillow()
-    name = getattr(source, "filename", "") or getattr(source, "name", "") or "the image"
-    try:
-        image = source if isinstance(source, pil.Image.Image) else pil.Image.open(source)
-        image = pil.ImageOps.exif_transpose(image)  # which reads the pixels, too
-    except (pil.Image.DecompressionBombError, pil.Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} is too large to be opened safely ({error}): shrink it or, if you know where "
-            "it is from, raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
-    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-        raise ValueError(
-            f"{name} can't be read as an image ({error}): it is empty, cut short, damaged or of "
-            "another kind. See whether other programs open it, and fetch or export it again"
-        ) from error
-    return _to_rgb(image)
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float | np.number)
+        and not isinstance(value, bool)
+        and bool(np.isfinite(value))
+    )
 
 
-def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    if not (image.width and image.height):
-        raise ValueError(f"an image must have pixels; got {image.width} × {image.height}")
-    if image.mode == "F":
-        return _from_array(np.asarray(image)).convert("RGB")
-    if image.mode.startswith("I"):  # 16 bits; or 32, in which Pillow's readers put 16
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(
-                f"grey must be within 0 and 65535; got {levels.min()} to {levels.max()}: "
-                "scale the image first"
-            )
-        return _from_array(levels.astype(np.uint16)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = _pillow().Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-
-
-def _from_array(array: np.ndarray) -> "PIL.Image.Image":
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        raise ValueError(
-            "an array must have the axes height, width and, unless grey, 1, 3 or 4 channels; got "
-            f"the shape {array.shape}: move channels last with np.moveaxis(image, 0, -1)"
-        )
-    if array.dtype == np.uint16 or np.issubdtype(array.dtype, np.floating):
-        whole = 65535 if array.dtype == np.uint16 else 1
-        if not np.all((array >= 0) & (array <= whole)):  # NaN isn't, either
-            raise ValueError(
-                f"fractions must be from 0 to 1; got {array.min()} to {array.max()}: "
-                "divide by the largest value, 255 as a rule"
-            )
-        array = np.rint(array.astype(np.float64) * (255 / whole)).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"an array must hold uint8, uint16 or fractions in a float type; got {array.dtype}: "
-            "for values from 0 to 255, image.astype(np.uint8)"
-        )
-    return _pillow().Image.fromarray(array)
+def _channels(
+    value: float | tuple[float, float, float],
+) -> Float[np.ndarray, "channels height width"]:
+    return np.asarray(value, np.float32).reshape(-1, 1, 1)
 
 
 def draw_tiles(source: ImageSource, processor: ImageProcessor | None = None) -> "PIL.Image.Image":
-    """A picture of what the model sees: the grid of tiles, the whole image to its right, and in
-    each tile the patches. `processor` is the releases' unless given."""
+    """A picture of what the model sees: the grid of tiles with the patches drawn in, and the whole
+    image to its right. `processor` defaults to that of the releases."""
     processor = processor or ImageProcessor()
     values, rows, columns = processor(source)
-    pixels = np.rint((values * processor.std + processor.mean) * 255).astype(np.uint8)
+    pixels = np.rint((values * _channels(processor.std) + _channels(processor.mean)) * 255).astype(
+        np.uint8
+    )
     pixels = pixels.transpose(0, 2, 3, 1)
     pixels[:, :: processor.patch_size] //= 2
     pixels[:, :, :: processor.patch_size] //= 2
-    pil, gap = _pillow(), processor.patch_size
+    pil, gap = pillow(), processor.patch_size
     step = processor.tile_size + gap
     shown_columns = columns + (len(pixels) > 1)
     sheet = pil.Image.new("RGB", (shown_columns * step + gap, rows * step + gap), "white")
@@ -221,14 +196,3 @@ def draw_tiles(source: ImageSource, processor: ImageProcessor | None = None) -> 
         row, column = divmod(place, columns) if place < rows * columns else (0, columns)
         sheet.paste(pil.Image.fromarray(tile), (column * step + gap, row * step + gap))
     return sheet
-
-
-def _pillow():
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ImportError as error:
-        raise ImportError(
-            "Reading images needs the `pillow` package: pip install 'llama4_eqx[images]'"
-        ) from error
-    return PIL

@@ -1,21 +1,17 @@
 """Chats with images to what the model is called with."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
-from llama4_eqx.processing.chat import Message, encode_chat
+from llama4_eqx.processing.chat import Chat, Tools, encode_chat
 from llama4_eqx.processing.images import ImageProcessor, ImageSource, TiledImage
-from llama4_eqx.processing.tokenizer import (
-    EOM,
-    EOT,
-    HEADER_END,
-    HEADER_START,
-    IMAGE,
-    Tokenizer,
-)
+from llama4_eqx.processing.messages import as_messages
+from llama4_eqx.processing.special_tokens import HEADER_END, HEADER_START, IMAGE
+from llama4_eqx.processing.tokenizer import TokenIds, Tokenizer, integers
 
 
 class Inputs(NamedTuple):
@@ -27,21 +23,28 @@ class Inputs(NamedTuple):
 
 def process(
     tokenizer: Tokenizer,
-    messages: Iterable[Message | Mapping[str, Any]],
+    messages: Chat,
     images: Iterable[ImageSource] = (),
     *,
     image_processor: ImageProcessor | None = None,
-    add_generation_prompt: bool = True,
+    tools: Tools | None = None,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool = False,
 ) -> Inputs:
-    """A conversation as the model takes it: each image becomes tiles and the tokens that stand for
+    """A conversation as the model takes it: each image becomes tiles, and the tokens that represent
     them.
 
-    `images` go, in their order, to the image parts of the contents that don't hold their image
-    themselves. `image_processor` is the releases' unless given. Errors: as of `Message.from_dict`
-    and `load_image`; a `ValueError` for more or fewer images than places for them.
+    `images` go, in order, to the image parts of the contents that don't hold an image themselves.
+    `image_processor` defaults to that of the releases. The other arguments are those of
+    `encode_chat`. Errors: as of `Message.from_dict` and `load_image`; a `ValueError` for more or
+    fewer images than places for them.
     """
-    turns = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+    turns = as_messages(messages)
     parts = [part for turn in turns for part in turn.image_parts]
+    is_one_file = isinstance(images, str | bytes | os.PathLike) or hasattr(images, "read")
+    is_one_array = getattr(images, "ndim", 4) < 4  # with four axes its items are images
+    if is_one_file or is_one_array or not isinstance(images, Iterable):
+        raise ValueError(f"images must be a list of images; got one {type(images).__name__}")
     given = list(images)
     places = sum(part.image is None for part in parts)
     if places != len(given):
@@ -49,14 +52,20 @@ def process(
             f"there must be one image for each image part without its own; got {len(given)} images "
             f'for {places} such parts: put {{"type": "image"}} into a content where an image stands'
         )
-    tokens = encode_chat(tokenizer, turns, add_generation_prompt=add_generation_prompt)
+    tokens = encode_chat(
+        tokenizer,
+        turns,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
     if not parts:
         return Inputs(np.array(tokens, np.int32), None)
 
     image_processor = image_processor or ImageProcessor()
     supply = iter(given)
     sources = [next(supply) if part.image is None else part.image for part in parts]
-    tiled = [_tiles(image_processor, place, source) for place, source in enumerate(sources)]
+    tiled = [_tiles(image_processor, number, source) for number, source in enumerate(sources, 1)]
     layouts = (image_processor.layout(image.rows, image.columns) for image in tiled)
     placeholder = tokenizer.token_id(IMAGE)
     expanded = []
@@ -66,28 +75,33 @@ def process(
     return Inputs(np.array(expanded, np.int32), pixel_values)
 
 
-def assistant_mask(tokenizer: Tokenizer, tokens: Iterable[int]) -> Bool[np.ndarray, "seq"]:
-    """Which tokens of a chat the assistant says: each of its turns with the token that ends it, but
-    not the header. It is what a chat is trained on, as `target_mask`."""
-    names = (HEADER_START, HEADER_END, EOT, EOM)
-    header_start, header_end, *ends = map(tokenizer.token_id, names)
-    header = [header_start, *tokenizer.encode("assistant"), header_end]
-    # A blank line follows, which may be one token with what the content begins with.
-    blank = len(tokenizer.encode("\n\n"))
-    tokens = list(tokens)
-    said = np.zeros(len(tokens), bool)
-    start = None
-    for i, token in enumerate(tokens):
-        if start is None and tokens[i : i + len(header)] == header:
-            start = i + len(header) + blank
-        elif start is not None and token in ends:
-            said[start : i + 1] = True
-            start = None
-    return said
-
-
-def _tiles(image_processor: ImageProcessor, place: int, source: ImageSource) -> TiledImage:
+def _tiles(image_processor: ImageProcessor, number: int, source: ImageSource) -> TiledImage:
     try:
         return image_processor(source)
     except ValueError as error:
-        raise ValueError(f"image {place + 1} of the conversation: {error}") from error
+        raise ValueError(f"image {number} of the conversation: {error}") from error
+
+
+def assistant_mask(tokenizer: Tokenizer, tokens: TokenIds) -> Bool[np.ndarray, "seq"]:
+    """Which tokens of a chat the assistant writes: each of its turns with the token that ends it,
+    without the header. A chat is trained on these, as `target_mask`.
+
+    A last turn that is cut off, or left open, counts as far as it goes; padding doesn't. What
+    precedes the first header doesn't count: after a cut at the left nobody knows whose turn it is.
+    """
+    header_start, header_end = map(tokenizer.token_id, (HEADER_START, HEADER_END))
+    header = [header_start, *tokenizer.encode("assistant"), header_end]
+    # A blank line follows, which may be one token with what the content begins with.
+    blank = len(tokenizer.encode("\n\n"))
+    outside = (header_start, tokenizer.bos_id, tokenizer.pad_id)
+    row = integers(tokens)
+    mask = np.zeros(len(row), bool)
+    start = None
+    for i, token in enumerate(row):
+        if start is not None and i >= start:
+            mask[i] = token not in outside
+            if token in tokenizer.stop_ids or not mask[i]:
+                start = None
+        if token == header_start and row[i : i + len(header)] == header:
+            start = i + len(header) + blank
+    return mask

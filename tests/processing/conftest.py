@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import jaxtyping
 import pytest
 
 from llama4_eqx.processing import load_tokenizer
@@ -37,3 +38,9 @@ def meta():
         reader=reader,
         tokenizer=load_tokenizer(folder),
     )
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Turns off the checks of annotations, which would raise before ours."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

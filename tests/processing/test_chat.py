@@ -1,15 +1,14 @@
-"""The chat format against the released template and Meta's code; injection; templates; errors."""
+"""The chat format against the released template and Meta's code; injection; errors."""
 
 import json
-import sys
+from unittest import mock
 
 import jaxtyping
-import jinja2
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama4 import processing_llama4
 
 from llama4_eqx.processing import (
     ImagePart,
@@ -18,58 +17,10 @@ from llama4_eqx.processing import (
     byte_tokenizer,
     encode_chat,
     format_chat,
-    load_chat_template,
+    process,
 )
+from tests.processing.chats import CALL, DIALOGS, RELEASED, write_template
 
-RELEASED = processing_llama4.chat_template
-CALL = {"function": {"name": "get_weather", "arguments": {"city": "Zürich <&>", "days": 2}}}
-DIALOGS = {
-    "one turn": [{"role": "user", "content": "Hello"}],
-    "system": [
-        {"role": "system", "content": "Be brief.\nBe kind."},
-        {"role": "user", "content": "  What's 中文?\n"},
-    ],
-    "turns": [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "1"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "3"},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "5 😀"},
-    ],
-    "late system": [{"role": "user", "content": "a"}, {"role": "system", "content": " b "}],
-    "stripped system": [
-        {"role": "system", "content": "\n Be brief. \n"},
-        {"role": "user", "content": "Hi"},
-    ],
-    "white space": [{"role": "user", "content": "\n\na\n"}, {"role": "user", "content": " \n b"}],
-    "tools": [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "Looking.", "tool_calls": [CALL, CALL]},
-        {"role": "tool", "content": '{"sky": "blau <ü>"}'},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "ipython", "content": [{"type": "text", "text": "blue"}]},
-        {"role": "assistant", "content": "Blue."},
-        {"role": "user", "content": "Thanks"},
-    ],
-    "images": [
-        {"role": "system", "content": [{"type": "text", "text": " Look. "}]},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image"},
-                {"type": "text", "text": "What is th"},
-                {"type": "text", "text": "is, and"},
-                {"type": "image"},
-                {"type": "image"},
-                {"type": "text", "text": " those?\n"},
-            ],
-        },
-        {"role": "assistant", "content": [{"type": "text", "text": "Two cats."}]},
-        {"role": "user", "content": [{"type": "text", "text": "And this?"}, {"type": "image"}]},
-        {"role": "assistant", "content": [{"type": "image"}], "tool_calls": [CALL]},
-    ],
-}
 # Where Meta's code does the same: see the docstring of `chat`.
 LIKE_META = {name: DIALOGS[name] for name in ("one turn", "system", "turns", "late system")}
 
@@ -219,7 +170,7 @@ def test_dicts_are_messages():
         ({"role": "user<|header_end|>", "content": ""}, "role must be one of"),
         ({"content": "hi"}, "got the keys"),
         ({"role": "user", "text": "hi"}, "got the keys.*text"),
-        ({"role": "user"}, "content must be a string or a list of parts; got NoneType"),
+        ({"role": "user"}, "content must be a string or a list of parts.*got NoneType"),
         ({"role": "user", "content": ["hi"]}, "a part of a content is.*got 'hi'"),
         ({"role": "user", "content": [{"type": "text"}]}, "a part of a content is"),
         (
@@ -230,10 +181,13 @@ def test_dicts_are_messages():
         ({"role": "system", "content": [{"type": "image"}]}, "show images; got a system's"),
         ({"role": "tool", "content": [{"type": "image"}]}, "show images; got a tool's"),
         ({"role": "user", "content": "", "tool_calls": [CALL]}, "only the assistant calls"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, "a tool call has"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+            "a tool call must have",
+        ),
         (
             {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
-            "arguments as a dict or as JSON",
+            "arguments as a dict or as the JSON of one",
         ),
     ],
 )
@@ -242,9 +196,8 @@ def test_bad_messages(message, error):
         format_chat([message])
 
 
-def test_parts_are_not_dicts(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would complain first
-    with pytest.raises(ValueError, match=r"'type'.*there is Message\.from_dict"):
+def test_parts_are_not_dicts(unchecked):
+    with pytest.raises(ValueError, match=r"'type'.*use Message\.from_dict"):
         Message("user", [{"type": "text", "text": "a"}])
 
 
@@ -262,100 +215,227 @@ def test_parts_of_dicts(tmp_path):
     ) == Message("user", ("a", ImagePart(), ImagePart("b.png"), ImagePart(tmp_path)))
 
 
-# --- a checkpoint's own template
+# --- continued messages
 
-# What templates lean on beyond the released one: loop controls, names of special tokens, refusal.
-TEMPLATE = """{{- bos_token }}{{ pad_token }}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system = messages[0]['content'] | trim %}
-    {%- set messages = messages[1:] %}
-    {{- '<|header_start|>system<|header_end|>\\n\\n' + system + '<|eot|>' }}
-{%- endif %}
-{%- if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}
-{% for message in messages %}
-    {%- if message.role == 'nobody' %}{{ raise_exception('nobody speaks') }}{% endif %}
-    {%- set role = 'ipython' if message.role == 'tool' else message.role %}
-    {{- '<|header_start|>' + role + '<|header_end|>\\n\\n' + message['content'] }}
-    {%- for call in message.tool_calls or [] %}
-        {%- if loop.index > 9 %}{% break %}{% endif %}
-        {{- '{"type": "function", "name": "' + call.function.name + '", "parameters": ' }}
-        {{- call.function.arguments | tojson }}{{ '}' }}
-    {%- endfor %}
-    {{- '<|eom|>' if message.tool_calls or role == 'ipython' else eos_token }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
-{%- endif %}
-"""
-TOKENS = {
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": {"content": "<|eot|>", "__type": "AddedToken", "special": True},
-    "pad_token": None,
+OPEN = {
+    "answer": [
+        {"role": "user", "content": "Name a fruit."},
+        {"role": "assistant", "content": "A fruit is the"},
+    ],
+    "spaces": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b \n"}],
+    "empty": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
+    "system": [{"role": "system", "content": "  Be \n"}],
+    "user": [{"role": "user", "content": "Who "}],
+    "twice": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "a"}],
+    "parts": [
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "image"},
+                {"type": "text", "text": "a"},
+                {"type": "text", "text": " "},
+            ],
+        }
+    ],
 }
 
 
-def write_template(folder, template, *, in_config):
-    byte_tokenizer().save(folder)
-    config = TOKENS | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if in_config:
-        config["chat_template"] = template
-    else:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+@pytest.mark.parametrize("messages", OPEN.values(), ids=OPEN)
+def test_continued_messages_are_those_of_transformers(released, meta, tokenizer, messages):
+    text = released.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    assert format_chat(messages, continue_final_message=True) == text
+    ids = released.encode(text, add_special_tokens=False)
+    assert encode_chat(tokenizer, messages, continue_final_message=True) == ids
+    ids = meta.reader.encode(text, bos=False, eos=False, allowed_special="all")
+    assert encode_chat(meta.tokenizer, messages, continue_final_message=True) == ids
+    closed = format_chat(messages, add_generation_prompt=False)
+    assert text.rstrip() in closed
 
 
-TEXT_DIALOGS = {name: dialog for name, dialog in DIALOGS.items() if name not in ("tools", "images")}
-
-
-@pytest.mark.parametrize("in_config", [True, False])
-@pytest.mark.parametrize(
-    ("template", "messages"),
-    [(TEMPLATE, m) for m in TEXT_DIALOGS.values()] + [(RELEASED, m) for m in DIALOGS.values()],
-)
-def test_template_renders_as_in_transformers(tmp_path, template, messages, in_config):
-    write_template(tmp_path, template, in_config=in_config)
-    render = load_chat_template(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for options in ({}, {"tools": [{"name": "f", "about": "<é>"}]}):
-        for prompt in (True, False):
-            text = render(messages, add_generation_prompt=prompt, **options)
-            assert text == theirs.apply_chat_template(
-                messages, add_generation_prompt=prompt, tokenize=False, **options
-            )
-    assert render([Message.from_dict(m) for m in messages]) == render(messages)
+def test_process_continues_too(tokenizer):
+    messages = OPEN["answer"]
+    ids = encode_chat(tokenizer, messages, continue_final_message=True)
+    assert process(tokenizer, messages, continue_final_message=True).tokens.tolist() == ids
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("messages", "error"),
     [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update(role='system') }}",
+        ([], "there are no messages"),
+        ([{"role": "tool", "content": "1"}], "it is a tool's result"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [CALL]}], "it calls tools"),
+        ([{"role": "assistant", "content": [{"type": "image"}]}], "it ends in an image"),
+        ([{"role": "assistant", "content": []}], "it is empty"),
     ],
 )
-def test_templates_are_caged(tmp_path, template):
-    (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(jinja2.exceptions.SecurityError):
-        load_chat_template(tmp_path)([{"role": "user", "content": ""}])
+def test_messages_that_can_not_be_continued(tokenizer, messages, error):
+    with pytest.raises(ValueError, match=f"a final message that ends in text, but {error}"):
+        format_chat(messages, continue_final_message=True)
+    with pytest.raises(ValueError, match=f"a final message that ends in text, but {error}"):
+        encode_chat(tokenizer, messages, continue_final_message=True)
 
 
-def test_template_may_refuse(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    with pytest.raises(ValueError, match="refuses these messages: nobody speaks"):
-        load_chat_template(tmp_path)([{"role": "nobody", "content": ""}])
+def test_one_of_the_two_ends(unchecked):
+    with pytest.raises(ValueError, match="ask for one of the two"):
+        format_chat(OPEN["user"], add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(ValueError, match="must be True or False; got 'content'"):
+        format_chat(OPEN["user"], continue_final_message="content")
+    both_off = format_chat(OPEN["user"], add_generation_prompt=False)
+    assert both_off.endswith("Who <|eot|>")
 
 
-def test_template_knows_the_date(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
-    assert load_chat_template(tmp_path)([]).isdigit()
+# --- tools
+
+SCHEMA = {"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {}}}
 
 
-def test_missing_template(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"chat_template\.jinja.*tokenizer_config\.json"):
-        load_chat_template(tmp_path)
+@pytest.mark.parametrize("name", ["one turn", "system", "stripped system", "white space", "turns"])
+@pytest.mark.parametrize(
+    "ending", [{"add_generation_prompt": True}, {"continue_final_message": True}]
+)
+def test_tools_are_listed_as_in_the_released_template(released, tokenizer, meta, name, ending):
+    for tools in ([], [SCHEMA], [SCHEMA, get_weather]):
+        text = released.apply_chat_template(DIALOGS[name], tools=tools, tokenize=False, **ending)
+        assert format_chat(DIALOGS[name], tools=tools, **ending) == text
+        ids = released.encode(text, add_special_tokens=False)
+        assert encode_chat(tokenizer, DIALOGS[name], tools=tools, **ending) == ids
+        assert process(tokenizer, DIALOGS[name], tools=tools, **ending).tokens.tolist() == ids
+        ids = meta.reader.encode(text, bos=False, eos=False, allowed_special="all")
+        assert encode_chat(meta.tokenizer, DIALOGS[name], tools=tools, **ending) == ids
 
 
-def test_missing_jinja(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    with pytest.raises(ImportError, match=r"`jinja2` package: pip install 'llama4_eqx\[text\]'"):
-        load_chat_template(tmp_path)
+def get_weather(city: str, days: int = 1) -> str:
+    """The weather of a city.
+
+    Args:
+        city: Its name.
+        days: How many days ahead.
+    """
+    return f"{city} {days}"
+
+
+def test_tools_and_an_image():
+    content = [" ", ImagePart(), "a", " b "]
+    text = format_chat([Message("user", content)], tools=[SCHEMA])
+    assert "}\n\n<|image|>a b<|eot|>" in text.replace(" <|image|>", "<|image|>")
+    assert format_chat([Message("user", ["  a ", " b "])], tools=[]) == format_chat(
+        [Message("user", "a  b")], tools=[]
+    )
+
+
+@pytest.mark.parametrize("messages", [[], [Message("system", "a")], [Message("assistant", "a")]])
+def test_tools_need_a_user(messages):
+    with pytest.raises(ValueError, match="must be the user's"):
+        format_chat(messages, tools=[SCHEMA])
+
+
+@pytest.mark.parametrize("tools", [SCHEMA, "f", 5, get_weather])
+def test_tools_are_a_list(tools, unchecked):
+    with pytest.raises(ValueError, match=r"tools must be a list of JSON schemas or Python func"):
+        format_chat(DIALOGS["one turn"], tools=tools)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"sky": "blau <ü>", "deep": [1, None, {"x": 2.5}]}, {}, {"a": "<|eot|>"}],
+)
+@pytest.mark.parametrize("role", ["tool", "ipython"])
+def test_results_of_tools_may_be_dicts(released, tokenizer, role, content):
+    messages = [{"role": "user", "content": "a"}, {"role": role, "content": content}]
+    text = released.apply_chat_template(messages, tokenize=False)
+    assert format_chat(messages, add_generation_prompt=False) == text
+    message = Message(role, content)
+    assert format_chat([message]) == format_chat([Message.from_dict(messages[1])])
+    ends = encode_chat(tokenizer, [message]).count(tokenizer.token_id("<|eot|>"))
+    assert ends == 1
+
+
+def test_scalars_of_numpy_are_numbers():
+    plain = Message("tool", {"t": 21.5, "n": 3})
+    assert format_chat([Message("tool", {"t": np.float32(21.5), "n": np.int64(3)})]) == format_chat(
+        [plain]
+    )
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x", np.zeros(3), object()])
+def test_what_json_can_not_hold(value):
+    for message in (
+        Message("tool", {"x": value}),
+        Message("assistant", "", (ToolCall("f", {"x": value}),)),
+    ):
+        with pytest.raises(ValueError, match=r"must be JSON values.*: got "):
+            format_chat([message])
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("Hi", "a message must be a Message or a dict; got 'Hi'"),
+        (None, "a message must be"),
+        ({"role": ["user"], "content": "a"}, r"role must be one of.*\['user'\]"),
+        ({"role": "user", "content": {"a": 1}}, "only a tool's content may be a dict"),
+        ({"role": "user", "content": 5}, "content must be.*got int"),
+        ({"role": "assistant", "content": "", "tool_calls": "f"}, "must be a list of tool calls"),
+        ({"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must.*got 'f'"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            "a tool call must have",
+        ),
+        ({"role": "user", "content": "a", "x" * 500: 1}, r"got the keys .{,130}$"),
+    ],
+)
+def test_messages_of_another_form(message, error, unchecked):
+    with pytest.raises(ValueError, match=error):
+        format_chat([message])
+
+
+@pytest.mark.parametrize("messages", ["Hi", {"role": "user", "content": "Hi"}, 5, None])
+def test_chats_of_another_form(messages, unchecked):
+    with pytest.raises(ValueError, match="a chat must be a list of messages; got"):
+        format_chat(messages)
+
+
+def test_contents_of_another_form(unchecked):
+    for content in (5, b"bytes", None):
+        with pytest.raises(ValueError, match="content must be a text or a list of parts"):
+            Message("user", content)
+    assert format_chat([Message("user", [])]) == format_chat([Message("user", "")])
+
+
+# --- any JSON value in any place
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+roles = st.sampled_from(["system", "user", "assistant", "tool", "ipython"]) | json_values
+part = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image"]) | json_values},
+    optional={"text": st.text() | json_values, "image": json_values, "path": json_values},
+)
+function = st.fixed_dictionaries({}, optional={"name": json_values, "arguments": json_values})
+turn = st.fixed_dictionaries(
+    {"role": roles},
+    optional={
+        "content": st.text() | st.lists(part, max_size=3) | json_values,
+        "tool_calls": st.lists(function | json_values, max_size=2) | json_values,
+        "name": json_values,
+    },
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    messages=st.lists(turn, max_size=3) | json_values,
+    tools=st.none() | st.lists(json_values, max_size=2) | json_values,
+    ending=st.sampled_from(["add_generation_prompt", "continue_final_message"]),
+)
+def test_any_chat_is_text_or_refused(messages, tools, ending):
+    with mock.patch.object(jaxtyping.config, "jaxtyping_disable", True):
+        try:
+            text = format_chat(messages, tools=tools, **{ending: True})
+        except ValueError as error:
+            text = str(error)
+    sentence = "\n" not in text and len(text) < 600
+    assert text.startswith("<|begin_of_text|>") or sentence

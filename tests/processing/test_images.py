@@ -1,13 +1,11 @@
-"""Tiles and layouts against Meta's code and `transformers`; every kind of source; broken files."""
+"""Tiles and layouts against Meta's code and `transformers`; chats with images."""
 
-import contextlib
-import io
 import re
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
@@ -23,9 +21,9 @@ from llama4_eqx.processing import (
     draw_tiles,
     encode_chat,
     format_chat,
-    load_image,
     process,
 )
+from tests.processing.pictures import picture
 
 GOLDEN = Path(__file__).parent / "golden" / "images.npz"
 # height, width: a pixel, less than a tile, a tile and its neighbours, whole tiles, photographs,
@@ -41,12 +39,6 @@ ONE_COLUMN_OFF = (4249, 607)
 # One level of 255 for its resize, half a level for bfloat16; values are 2/255 a level.
 DISTANCE_TO_TRANSFORMERS = 1.5 * 2 / 255
 SAMPLE = (..., slice(5, None, 47), slice(5, None, 47))
-
-
-def picture(height: int, width: int) -> np.ndarray:
-    """Slopes, fine texture and edges, the same everywhere."""
-    y, x = np.mgrid[:height, :width]
-    return np.stack([7 * x + 3 * y, x * x // 5 + 11 * y, x ^ y], axis=-1).astype(np.uint8)
 
 
 def checksum(values: np.ndarray) -> int:
@@ -166,6 +158,15 @@ def test_rest_of_the_grid_is_black():
 def test_mean_and_std_normalise():
     values = ImageProcessor(tile_size=28, mean=0.2, std=0.4)(np.full((28, 28), 51, np.uint8))
     np.testing.assert_allclose(values.pixel_values, 0, atol=1e-6)
+    mean, std = (0.2, 0.3, 0.4), (0.5, 1.0, 2.0)
+    pixels = picture(28, 28)
+    values = ImageProcessor(tile_size=28, mean=mean, std=std)(pixels).pixel_values
+    assert values.dtype == np.float32
+    by_torch = torch.tensor(pixels).permute(2, 0, 1).float() / 255
+    by_torch = (by_torch - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    np.testing.assert_allclose(values[0], by_torch, atol=1e-6)
+    numpy_scalar = ImageProcessor(tile_size=28, mean=np.float64(0.5), std=np.float64(0.5))
+    assert numpy_scalar(pixels).pixel_values.dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -174,10 +175,25 @@ def test_mean_and_std_normalise():
         ({"tile_size": 330}, "a whole number of patches.*330"),
         ({"tile_size": 42}, "a whole number of patches.*42"),
         ({"pixel_shuffle_ratio": 0.01}, "a whole number of patches"),
-        ({"max_tiles": 0}, "max_tiles must be at least 1; got 0"),
+        ({"max_tiles": 0}, "max_tiles must be a whole number of at least 1; got 0"),
+        ({"max_tiles": 10**9}, "max_tiles must be at most 10,000"),
+        ({"max_tiles": True}, "max_tiles must be a whole number"),
+        ({"max_tiles": "16"}, "max_tiles must be a whole number.*'16'"),
+        ({"tile_size": 336.0}, "tile_size must be a whole number"),
+        ({"patch_size": 0}, "patch_size must be a whole number"),
+        ({"patch_size": -14}, "patch_size must be a whole number"),
+        ({"pixel_shuffle_ratio": float("nan")}, "pixel_shuffle_ratio must be a number"),
+        ({"pixel_shuffle_ratio": 0}, "pixel_shuffle_ratio must be a number"),
+        ({"pixel_shuffle_ratio": 2.0}, "pixel_shuffle_ratio must be.* at most 1"),
+        ({"mean": float("nan")}, "mean must be a finite number"),
+        ({"mean": (0.5, 0.5)}, "mean must be a finite number, or one for each of 3 channels"),
+        ({"mean": "0.5"}, "mean must be a finite number"),
+        ({"std": 0}, "std must be above 0; got 0"),
+        ({"std": (0.5, 0.5, -1)}, "std must be above 0"),
+        ({"std": True}, "std must be a finite number"),
     ],
 )
-def test_bad_sizes(options, error):
+def test_bad_sizes(options, error, unchecked):
     with pytest.raises(ValueError, match=error):
         ImageProcessor(**options)
 
@@ -205,219 +221,6 @@ def test_layouts_are_those_of_both_references(golden, meta, processor):
         image = meta.chat_format.TransformedImage(tiles, (rows, columns))
         assert list(map(meta.tokenizer.token_id, layout)) == chat._encode_image(image)
         assert layout.count("<|patch|>") == 144 * len(tiles)
-
-
-# --- sources
-
-
-def file_of(image: PIL.Image.Image, form: str, **options) -> io.BytesIO:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    file.seek(0)
-    return file
-
-
-def pixels_of(source) -> np.ndarray:
-    image = load_image(source)
-    assert image.mode == "RGB"
-    return np.asarray(image)
-
-
-def test_all_sources_of_an_image_are_the_same(tmp_path):
-    pixels = picture(20, 30)
-    image = PIL.Image.fromarray(pixels)
-    image.save(tmp_path / "a.png")
-    with open(tmp_path / "a.png", "rb") as file:
-        for source in (pixels, image, file, file_of(image, "PNG"), tmp_path / "a.png"):
-            np.testing.assert_array_equal(pixels_of(source), pixels)
-    np.testing.assert_array_equal(pixels_of(str(tmp_path / "a.png")), pixels)
-    np.testing.assert_array_equal(pixels_of(pixels / np.float32(255)), pixels)
-    np.testing.assert_array_equal(pixels_of(pixels / 255), pixels)
-    np.testing.assert_array_equal(pixels_of(pixels.astype(np.uint16) * 257), pixels)
-    np.testing.assert_array_equal(pixels_of(pixels[::-1, ::-1]), pixels[::-1, ::-1])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "RGB", "CMYK", "YCbCr", "LAB", "HSV"])
-def test_opaque_modes_become_rgb(mode):
-    image = PIL.Image.fromarray(picture(20, 30)).convert(mode)
-    np.testing.assert_array_equal(pixels_of(image), np.asarray(image.convert("RGB")))
-
-
-def test_grey_is_the_same_in_all_channels():
-    grey = picture(20, 30)[..., 0]
-    expected = np.repeat(grey[..., None], 3, -1)
-    for source in (grey, grey[..., None], PIL.Image.fromarray(grey), grey.astype(np.float16) / 255):
-        np.testing.assert_allclose(pixels_of(source), expected, atol=int(source is not grey))
-
-
-def test_transparent_shows_white():
-    pixels = np.dstack([picture(16, 16), np.arange(256).reshape(16, 16)]).astype(np.uint8)
-    alpha = pixels[..., 3:] / 255
-    expected = alpha * pixels[..., :3] + (1 - alpha) * 255
-    for source in (
-        pixels,
-        PIL.Image.fromarray(pixels),
-        file_of(PIL.Image.fromarray(pixels), "PNG"),
-    ):
-        np.testing.assert_allclose(pixels_of(source), expected, atol=1)
-    grey = PIL.Image.fromarray(pixels).convert("LA")
-    light = np.asarray(grey)[..., :1]
-    np.testing.assert_allclose(
-        pixels_of(grey), np.repeat(alpha * light + (1 - alpha) * 255, 3, -1), atol=1
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
-def test_transparent_colour_shows_white(mode):
-    image = PIL.Image.new("L", (2, 1), 7)
-    image.putpixel((1, 0), 9)
-    image = image.convert(mode)
-    key = {"L": 7, "RGB": (7, 7, 7), "P": image.getpixel((0, 0))}[mode]
-    pixels = pixels_of(file_of(image, "PNG", transparency=key))
-    np.testing.assert_array_equal(pixels, [[[255] * 3, [9] * 3]])
-
-
-def test_16_bits_of_grey_are_scaled():
-    levels = (np.arange(65536, dtype=np.uint16)[::97]).reshape(4, -1)
-    expected = np.repeat(np.rint(levels / 257).astype(np.uint8)[..., None], 3, -1)
-    height, width = levels.shape
-    pgm = io.BytesIO(f"P5 {width} {height} 65535\n".encode() + levels.astype(">u2").tobytes())
-    big_endian = PIL.Image.frombytes("I;16B", (width, height), levels.astype(">u2").tobytes())
-    tiff = file_of(big_endian, "TIFF")
-    assert PIL.Image.open(tiff).mode == "I;16B"
-    png = file_of(PIL.Image.fromarray(levels), "PNG")
-    fractions = PIL.Image.fromarray((levels / 65535).astype(np.float32))
-    for source in (levels, pgm, big_endian, tiff, png, fractions, file_of(fractions, "TIFF")):
-        np.testing.assert_array_equal(pixels_of(source), expected)
-
-
-@pytest.mark.parametrize(
-    ("orientation", "upright"),
-    [
-        (1, lambda a: a),
-        (2, lambda a: a[:, ::-1]),
-        (3, lambda a: a[::-1, ::-1]),
-        (4, lambda a: a[::-1]),
-        (5, lambda a: a.swapaxes(0, 1)),
-        (6, lambda a: np.rot90(a, -1)),
-        (7, lambda a: np.rot90(a.swapaxes(0, 1), 2)),
-        (8, lambda a: np.rot90(a)),
-    ],
-)
-def test_images_are_turned_upright(orientation, upright):
-    pixels = picture(20, 30)
-    exif = PIL.Image.Exif()
-    exif[0x0112] = orientation
-    file = file_of(PIL.Image.fromarray(pixels), "PNG", exif=exif)
-    np.testing.assert_array_equal(pixels_of(file), upright(pixels))
-
-
-def test_the_first_frame_counts():
-    frames = [PIL.Image.new("L", (3, 3), level) for level in (10, 200)]
-    file = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(pixels_of(file), 10)
-
-
-def test_sources_are_left_as_they_are():
-    pixels = np.dstack([picture(20, 30), picture(20, 30)[..., :1]])
-    image = PIL.Image.fromarray(pixels)
-    load_image(image)
-    assert image.mode == "RGBA"
-    np.testing.assert_array_equal(np.asarray(image), pixels)
-
-
-# --- what is no image
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\n",
-        b"version https://git-lfs.github.com/spec/v1",
-        b"<html>404</html>",
-        b"\xff\xd8\xff",
-    ],
-)
-def test_files_of_another_kind(tmp_path, content):
-    (tmp_path / "cat.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cat\.jpg can't be read as an image.*fetch or export"):
-        load_image(tmp_path / "cat.jpg")
-    with pytest.raises(ValueError, match=r"^the image can't be read"):
-        load_image(io.BytesIO(content))
-
-
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
-def test_cut_and_damaged_files(form):
-    content = file_of(PIL.Image.fromarray(picture(40, 60)), form).getvalue()
-    for length in (1, 10, len(content) // 2, len(content) * 9 // 10):
-        with pytest.raises(ValueError, match=r"^the image can't be read .*cut short"):
-            load_image(io.BytesIO(content[:length]))
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        damaged = np.frombuffer(content, np.uint8).copy()
-        places = random.integers(0, len(content), 8)
-        damaged[places] = random.integers(0, 256, 8)
-        with contextlib.suppress(ValueError):  # and no other; damaged pixels are still pixels
-            load_image(io.BytesIO(damaged.tobytes()))
-
-
-def test_lazily_opened_images_are_named(tmp_path):
-    content = file_of(PIL.Image.fromarray(picture(40, 60)), "PNG").getvalue()
-    (tmp_path / "cut.png").write_bytes(content[:-100])
-    with (
-        PIL.Image.open(tmp_path / "cut.png") as image,
-        pytest.raises(ValueError, match=r"cut\.png can't be read"),
-    ):
-        load_image(image)
-
-
-@pytest.mark.parametrize("side", [4, 40])  # from the limit on it warns, from twice that it refuses
-def test_too_large(tmp_path, monkeypatch, side):
-    PIL.Image.new("L", (side, side)).save(tmp_path / "big.png")
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"big\.png is too large.*MAX_IMAGE_PIXELS"):
-        load_image(tmp_path / "big.png")
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cat\.png"):
-        load_image(tmp_path / "cat.png")
-    with pytest.raises(IsADirectoryError):
-        load_image(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("array", "error"),
-    [
-        (np.zeros((3, 8, 9), np.uint8), r"\(3, 8, 9\): move channels last"),
-        (np.zeros((1, 8, 9, 3), np.uint8), r"axes height, width.*\(1, 8, 9, 3\)"),
-        (np.zeros(8, np.uint8), "axes height, width"),
-        (np.zeros((8, 9, 3), np.int64), r"got int64.*astype\(np\.uint8\)"),
-        (np.zeros((8, 9), bool), "got bool"),
-        (np.full((8, 9), 255.0), "from 0 to 1; got 255.0 to 255.0: divide"),
-        (np.full((8, 9), -0.1), "from 0 to 1; got -0.1"),
-        (np.full((8, 9), np.nan), "from 0 to 1; got nan"),
-        (np.zeros((0, 9, 3), np.uint8), "must have pixels"),
-        (np.zeros((8, 0)), "must have pixels"),
-    ],
-)
-def test_arrays_of_another_kind(array, error):
-    with pytest.raises(ValueError, match=error):
-        load_image(array)
-
-
-def test_images_of_another_kind():
-    with pytest.raises(ValueError, match="must have pixels; got 0 × 5"):
-        load_image(PIL.Image.new("RGB", (0, 5)))
-    with pytest.raises(ValueError, match="within 0 and 65535; got -3 to -3"):
-        load_image(PIL.Image.new("I", (5, 5), -3))
-
-
-def test_missing_pillow(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"`pillow` package: pip install 'llama4_eqx\[images\]'"):
-        load_image(io.BytesIO())
 
 
 # --- chats with images
@@ -514,8 +317,21 @@ def test_as_many_images_as_places(tokenizer, count):
         process(tokenizer, QUESTION, [picture(9, 9)] * count)
 
 
+def test_images_are_a_list(tokenizer, tmp_path, unchecked):
+    image = PIL.Image.fromarray(picture(9, 9))
+    image.save(tmp_path / "a.png")
+    messages = [Message("user", [ImagePart()])]
+    with open(tmp_path / "a.png", "rb") as file:
+        for one in (str(tmp_path / "a.png"), tmp_path / "a.png", file, image, picture(9, 9), b""):
+            with pytest.raises(ValueError, match=f"a list of images; got one {type(one).__name__}"):
+                process(tokenizer, messages, one)
+    alone = process(tokenizer, messages, [picture(9, 9)])
+    batch = process(tokenizer, messages, picture(9, 9)[None])
+    np.testing.assert_array_equal(batch.pixel_values, alone.pixel_values)
+
+
 def test_a_bad_image_is_named_by_its_place(tokenizer):
-    bad = np.zeros((3, 9, 9), np.uint8)
+    bad = np.zeros((2, 9, 9), np.uint8)
     content = [ImagePart(), "and", ImagePart()]
     with pytest.raises(ValueError, match="image 2 of the conversation: an array must"):
         process(tokenizer, [Message("user", content)], [picture(9, 9), bad])

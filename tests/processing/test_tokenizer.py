@@ -7,19 +7,19 @@ import socket
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy
 import pytest
 import tokenizers
+import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
-from llama4_eqx.processing.tokenizer import (
-    SPLIT_PATTERN,
-    JsonTokenizer,
-    llama4_specials,
-)
+from llama4_eqx.processing.special_tokens import llama4_specials
+from llama4_eqx.processing.tokenizer_json import JsonTokenizer
+from llama4_eqx.processing.tokenizer_model import SPLIT_PATTERN
 
 TEXTS = [
     "",
@@ -74,6 +74,7 @@ def trained(tmp_path_factory):
         for i in range(len(ranks))
     )
     (folders["model"] / "tokenizer.model").write_bytes(b"".join(lines))
+    (folders["model"] / "config.json").write_text(f'{{"vocab_size": {len(ranks) + 2048}}}')
     return folders
 
 
@@ -273,6 +274,59 @@ def test_stream_is_decode_of_any_ids(ids, skip_special):
         assert streamed == tokenizer.decode(ids, skip_special=skip_special)
 
 
+@pytest.mark.parametrize("unknown", [-1, -100, 202_048, 2**31, 2**63])
+def test_ids_outside_the_vocabulary_give_nothing(tokenizer, unknown):
+    """A model may have more embeddings than there are tokens: a stream must not stop there."""
+    before, after = tokenizer.encode("é中")[:1], tokenizer.encode("é中")[1:]
+    for skip_special in (True, False):
+        assert tokenizer.decode([unknown], skip_special=skip_special) == ""
+        # between the bytes of one character, too
+        ids = [*before, unknown, *after]
+        assert tokenizer.decode(ids, skip_special=skip_special) == "é中"
+        stream = tokenizer.stream(skip_special=skip_special)
+        assert "".join(map(stream.push, ids)) + stream.flush() == "é中"
+
+
+@thorough
+@given(st.lists(st.integers(0, 700)))
+def test_any_ids_decode_as_in_transformers(pair, ids):
+    ours, theirs = pair
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def spaced():
+    """Ours and the library's, with added tokens that absorb spaces, or count as words only."""
+    backend = tokenizers.Tokenizer.from_str(byte_tokenizer()._backend.to_str())
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    added = tokenizers.AddedToken
+    backend.add_special_tokens(
+        [
+            added("<l>", lstrip=True),
+            added("<r>", rstrip=True),
+            added("<lr>", lstrip=True, rstrip=True),
+            added("<w>", single_word=True),
+            added("<N>", normalized=True),
+        ]
+    )
+    backend.add_tokens([added("plain", rstrip=True), added("Big", normalized=True)])
+    backend.encode_special_tokens = False
+    return JsonTokenizer(tokenizers.Tokenizer.from_str(backend.to_str())), backend
+
+
+SPACED = ["<l>", "<r>", "<lr>", "<w>", "<N>", "<n>", "plain", "Big", "big", " ", "\n", "x", "É"]
+
+
+@thorough
+@given(st.lists(st.sampled_from([*SPACED, *SPECIAL_NAMES])).map("".join))
+def test_added_tokens_are_those_of_the_library(spaced, text):
+    ours, backend = spaced
+    assert ours.encode(text, special=True) == backend.encode(text, add_special_tokens=False).ids
+    as_text = ours.encode(text)
+    assert not set(as_text) & ours._special_ids
+
+
 def test_special_names_in_text_are_text(tokenizer):
     for name in SPECIAL_NAMES:
         ids = tokenizer.encode(f"a{name}b")
@@ -293,9 +347,29 @@ def test_bytes_have_their_own_ids():
 
 
 def test_decode_takes_the_integers_of_arrays(tokenizer):
-    assert tokenizer.decode(numpy.array(tokenizer.encode("né"), numpy.int32)) == "né"
-    with pytest.raises(TypeError):
-        tokenizer.decode(numpy.array([97.0]))
+    def chars(token):
+        return tokenizer.decode([token])
+
+    for integer in (int, numpy.int64, numpy.uint8, jnp.int32, torch.tensor):
+        assert tokenizer.decode(integer(97)) == tokenizer.decode([integer(97)]) == chars(97)
+        assert tokenizer.stream().push(integer(97)) == chars(97)
+    for array in (jnp.asarray, torch.tensor, numpy.asarray, tuple):
+        assert tokenizer.decode(array(tokenizer.encode("né"))) == "né"
+    assert tokenizer.decode([]) == tokenizer.decode(numpy.zeros(0, int)) == ""
+
+
+@pytest.mark.parametrize(
+    "ids", [numpy.array([97.0]), [[97]], numpy.array([[97]]), [1.5], [None], "97", None]
+)
+def test_decode_names_what_is_no_row_of_integers(tokenizer, ids, unchecked):
+    with pytest.raises(ValueError, match="token ids must be one row of integers"):
+        tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", [b"bytes", ["a", "b"], None, 5])
+def test_encode_names_what_is_no_text(tokenizer, text, unchecked):
+    with pytest.raises(ValueError, match=f"encode takes one text.*{type(text).__name__}"):
+        tokenizer.encode(text)
 
 
 def test_the_longest_special_name_counts():
@@ -311,10 +385,12 @@ def test_the_longest_special_name_counts():
 def test_folder_prefers_json(trained, tmp_path):
     model = (trained["model"] / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(model)
-    assert type(load_tokenizer(tmp_path)).__name__ == "TiktokenTokenizer"
+    size = len(model.splitlines()) + 2048
+    assert type(load_tokenizer(tmp_path, vocab_size=size)).__name__ == "TiktokenTokenizer"
     byte_tokenizer().save(tmp_path)
     assert load_tokenizer(tmp_path).vocab_size == 271
-    assert load_tokenizer(tmp_path / "tokenizer.model").vocab_size == len(model.splitlines()) + 2048
+    file = tmp_path / "tokenizer.model"
+    assert load_tokenizer(file, vocab_size=size).vocab_size == size
 
 
 def test_nothing_is_fetched(trained, monkeypatch):
@@ -382,13 +458,87 @@ def test_unknown_kind_of_file(tmp_path):
         (lambda lines: [b"\x0e\x80\xff\x00"], "line 1"),
         (lambda lines: lines[:100], "100 tokens.*cut short"),
         (lambda lines: [], "0 tokens"),
+        (lambda lines: [*lines[:2], lines[2].replace(b" 2", b" 02"), *lines[3:]], "line 3"),
+        (lambda lines: [*lines[:300], lines[300][:-1]], "line 301.*rank 300"),
+        (
+            lambda lines: lines[:599],
+            "599 ranks.*2,647.*but vocab_size in .*config.json is 2648.*cut short",
+        ),
+        (lambda lines: [*lines, b"//////////// 600"], "601 ranks.*config.json is 2648"),
     ],
 )
 def test_corrupt_ranks(trained, tmp_path, change, message):
     lines = (trained["model"] / "tokenizer.model").read_bytes().splitlines()
-    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(change(lines)))
-    with pytest.raises(ValueError, match=message):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\n".join(change(lines)))
+    (tmp_path / "config.json").write_bytes((trained["model"] / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(tmp_path)
+    assert str(file) in str(error.value)
+
+
+def test_cut_files_are_refused_at_every_line(trained, tmp_path):
+    """The special ids would be shifted: they follow the last rank."""
+    lines = (trained["model"] / "tokenizer.model").read_bytes().splitlines(keepends=True)
+    file = tmp_path / "tokenizer.model"
+    for beside, config in (
+        (None, ""),
+        ("params.json", '{"model": {"vocab_size": 2648}}'),
+        ("config.json", '{"text_config": {"vocab_size": 2648}}'),
+    ):
+        if beside:
+            (tmp_path / beside).write_text(config)
+        for count in range(0, 600, 7):
+            file.write_bytes(b"".join(lines[:count]))
+            with pytest.raises(ValueError, match="cut short"):
+                load_tokenizer(tmp_path)
+            with pytest.raises(ValueError, match="cut short"):
+                load_tokenizer(tmp_path, vocab_size=2648)
+        file.write_bytes(b"".join(lines))
+        assert load_tokenizer(file, vocab_size=2648).token_id("<|eot|>") == 608
+        if beside:
+            assert load_tokenizer(file).token_id("<|eot|>") == 608
+        else:
+            with pytest.raises(ValueError, match=r'has 200,000.*"vocab_size": 2648.*pass'):
+                load_tokenizer(file)
+
+
+@pytest.mark.parametrize("count", [256, 1000, 150_000, 199_999])
+def test_the_released_file_cut(released_file, tmp_path, count):
+    lines = released_file.read_bytes().splitlines(keepends=True)
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:count]))
+    with pytest.raises(ValueError, match=f"{count:,} ranks; Llama 4's has 200,000.*cut short"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 202048}}')
+    with pytest.raises(ValueError, match=r"config\.json is 202048"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_released_file_changed(released_file, tmp_path):
+    lines = released_file.read_bytes().splitlines()
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\r\n".join([*lines, b""]))  # as git may write it on Windows
+    assert load_tokenizer(file).token_id("<|eot|>") == 200_008
+    first, second = lines[1000].split()[0], lines[1001].split()[0]
+    lines[1000:1002] = [second + b" 1000", first + b" 1001"]
+    file.write_bytes(b"\n".join([*lines, b""]))
+    with pytest.raises(ValueError, match=r"SHA-256.*damaged"):
+        load_tokenizer(file)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"version https", b"\xff\xfe{}", b"null"])
+def test_a_broken_config_beside_the_ranks_is_named(trained, tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes((trained["model"] / "tokenizer.model").read_bytes())
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json (is not|must hold)"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_given_size_is_checked(tmp_path):
+    byte_tokenizer().save(tmp_path)
+    assert load_tokenizer(tmp_path, vocab_size=271).vocab_size == 271
+    with pytest.raises(ValueError, match=r"tokenizer\.json has a vocabulary of 271.*is 300"):
+        load_tokenizer(tmp_path, vocab_size=300)
 
 
 def test_corrupt_json(tmp_path):
@@ -398,26 +548,22 @@ def test_corrupt_json(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_json_of_another_encoding(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
 def test_json_that_is_not_byte_level(tmp_path):
     model = tokenizers.models.BPE(vocab={"a": 0, "▁b": 1}, merges=[])
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"not byte-level.*▁b"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*not byte-level.*▁b"):
         load_tokenizer(tmp_path)
 
 
 def test_unknown_special(tokenizer):
     with pytest.raises(ValueError, match=r"<.eot_id.>.*spelling"):
         tokenizer.token_id("<|eot_id|>")
-
-
-@pytest.mark.parametrize("token", [-1, 202_048])
-def test_id_out_of_range(tokenizer, token):
-    with pytest.raises(
-        ValueError, match=f"{token} is not in the vocabulary.*{tokenizer.vocab_size - 1}"
-    ):
-        tokenizer.decode([token])
-    with pytest.raises(ValueError, match="not in the vocabulary"):
-        tokenizer.stream().push(token)
 
 
 def test_half_a_surrogate_pair(tokenizer):
