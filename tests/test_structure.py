@@ -45,7 +45,7 @@ RETIRED = re.compile(
     r"\b(across|Across|ALONE|alike|own_key|born_sharded|laid_out|dispatched|SLACK|Places|places|"
     r"Filled|followed_by|in_order|visible|RunCheckpoints|DataPosition|averaged_model|rebalanced|"
     r"selection_bias|EXCHANGE|on_mesh|spread|gathered|kept|Keep|keep|_keeps_to_itself|"
-    r"_summed|choose_experts|Report|programs|sums\.py|tensor_files|hidden_states)\b"
+    r"_summed|choose_experts|Report|sums\.py|tensor_files|hidden_states)\b"
 )
 
 
