@@ -1,14 +1,21 @@
 """The model's hyperparameters, under Hugging Face's names. Defaults live here and nowhere else.
 
-`from_hf` reads every spelling that the releases use and refuses a field that it doesn't know: a
-field skipped in silence is a wrong model.
+`from_hf` reads every spelling that the releases and `transformers` use. It refuses a field that it
+doesn't know: a field skipped in silence is a wrong model. Every config checks the types and ranges
+of its values, however it is made.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, no_type_check
 
-from llama4_eqx import hf_config
+from llama4_eqx import config_checks, hf_config
+
+# Far above any model's: a damaged file must not cause lists of billions of layers.
+_MAX_LAYERS = 10_000
+_Config = TypeVar("_Config")
 
 
 def determine_is_nope_layer(layer_id: int, nope_layer_interval: int) -> bool:
@@ -21,6 +28,7 @@ def determine_is_moe_layer(layer_id: int, interleave_moe_layer_step: int) -> boo
     return interleave_moe_layer_step > 0 and (layer_id + 1) % interleave_moe_layer_step == 0
 
 
+@no_type_check  # __post_init__ checks the types, with better errors
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's stretching of the slow RoPE frequencies: wavelengths above
@@ -33,14 +41,16 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
+        names = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+        config_checks.normalize(self, "rope_scaling", positive=names)
         ordered = self.low_freq_factor <= self.high_freq_factor
-        _check(
-            self,
-            "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+        config_checks.require(
+            "rope_scaling",
             [(ordered, "low_freq_factor must not exceed high_freq_factor")],
         )
 
 
+@no_type_check  # __post_init__ checks the types, with better errors
 @dataclass(frozen=True)
 class TextConfig:
     """The text decoder's hyperparameters. `no_rope_layers` (1 = RoPE, 0 = NoPE), `moe_layers`
@@ -80,17 +90,31 @@ class TextConfig:
     pad_token_id: int | None = 200018
 
     def __post_init__(self) -> None:
+        config_checks.normalize(
+            self,
+            "text_config",
+            positive="vocab_size hidden_size intermediate_size intermediate_size_mlp "
+            "num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "max_position_embeddings rms_norm_eps rope_theta attention_chunk_size floor_scale "
+            "num_local_experts num_experts_per_tok",
+            signed="attn_scale",
+        )
         layers = self.num_hidden_layers
         chunk, kinds = self.attention_chunk_size, self.layer_types
-        _check(
-            self,
-            "vocab_size hidden_size intermediate_size intermediate_size_mlp num_hidden_layers "
-            "num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps "
-            "rope_theta floor_scale num_local_experts num_experts_per_tok",
+        unknown_kinds = set(kinds or ()) - {"chunked_attention", "full_attention"}
+        config_checks.require(
+            "text_config",
             [
-                (self.hidden_act == "silu", f"hidden_act must be 'silu', not {self.hidden_act!r}"),
                 (
-                    self.num_attention_heads % max(self.num_key_value_heads, 1) == 0,
+                    layers <= _MAX_LAYERS,
+                    f"num_hidden_layers must be at most {_MAX_LAYERS}, but is {layers}",
+                ),
+                (
+                    self.hidden_act == "silu",
+                    f"hidden_act must be 'silu', but is {hf_config.shown(self.hidden_act)}",
+                ),
+                (
+                    self.num_attention_heads % self.num_key_value_heads == 0,
                     f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                     f"num_key_value_heads ({self.num_key_value_heads})",
                 ),
@@ -100,30 +124,53 @@ class TextConfig:
                     f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
                     f"num_local_experts ({self.num_local_experts})",
                 ),
-                (0 <= self.attention_dropout < 1, "attention_dropout must be in [0, 1)"),
-                (chunk is None or chunk > 0, f"attention_chunk_size must be positive, not {chunk}"),
+                (
+                    self.attention_dropout < 1,
+                    f"attention_dropout must be in [0, 1), but is {self.attention_dropout}",
+                ),
+                (
+                    set(self.no_rope_layers or ()) <= {0, 1},
+                    "no_rope_layers must hold 1 (RoPE) or 0 (none) for each layer, but is "
+                    f"{hf_config.shown(self.no_rope_layers)}",
+                ),
                 (
                     self.no_rope_layers is None or len(self.no_rope_layers) >= layers,
-                    f"no_rope_layers must have an entry for each of the {layers} layers",
+                    f"no_rope_layers must have an entry for each of the {layers} layers, but has "
+                    f"{len(self.no_rope_layers or ())}",
                 ),
                 (
                     kinds is None or len(kinds) >= layers,
-                    f"layer_types must have an entry for each of the {layers} layers",
+                    f"layer_types must have an entry for each of the {layers} layers, but has "
+                    f"{len(kinds or ())}",
                 ),
                 (
-                    set(kinds or ()) <= {"chunked_attention", "full_attention"},
-                    f"layer_types must be 'chunked_attention' or 'full_attention', not {kinds}",
+                    not unknown_kinds,
+                    "layer_types must be 'chunked_attention' or 'full_attention', but have "
+                    f"{hf_config.shown(sorted(unknown_kinds))}",
                 ),
                 (
                     chunk is not None or "chunked_attention" not in (kinds or ()),
                     "layer_types asks for chunked_attention, but attention_chunk_size is null",
                 ),
                 (
-                    all(0 <= i < layers for i in self.moe_layers or ()),
-                    f"moe_layers must be indices below {layers}, but are {self.moe_layers}",
+                    all(i < layers for i in self.moe_layers or ()),
+                    f"moe_layers must be indices below {layers}, but are "
+                    f"{hf_config.shown(self.moe_layers)}",
+                ),
+                (
+                    self.no_rope_layer_interval > 0,
+                    "no_rope_layer_interval must be positive, but is 0: for RoPE in every layer "
+                    "set no_rope_layers to a 1 for each",
                 ),
             ],
         )
+        # Keep the spelling that transformers reads: it refuses entries beyond the last layer, and a
+        # step of 0 unless moe_layers is given.
+        for name in ("no_rope_layers", "layer_types"):
+            entries = getattr(self, name)
+            object.__setattr__(self, name, entries and entries[:layers])
+        if self.interleave_moe_layer_step == 0 and self.moe_layers is None:
+            object.__setattr__(self, "moe_layers", ())
 
     def layer_is_nope(self, layer_id: int) -> bool:
         """Whether this layer has no position embedding."""
@@ -155,15 +202,43 @@ class TextConfig:
     @classmethod
     def from_hf(cls, source: hf_config.Source) -> "TextConfig":
         """Reads a text-only `config.json` or the text part of a whole one."""
-        raw = hf_config.read_config(source)
-        known = hf_config.text_fields(raw.get("text_config", raw), _types(cls))
-        if known.get("rope_scaling") is not None:
-            types = _types(RopeScaling)
-            scaling = known["rope_scaling"].items()
-            known["rope_scaling"] = RopeScaling(
-                **{name: hf_config.as_declared(value, types[name]) for name, value in scaling}
-            )
-        return cls(**known)
+        with hf_config.reading(source) as raw:
+            return cls._from_parts(hf_config.parts(raw))
+
+    @classmethod
+    def _from_parts(cls, parts: hf_config.Parts) -> "TextConfig":
+        fields = hf_config.text_fields(parts.text, parts.top)
+        config = cls._from_fields(fields)
+        if not parts.identified:
+            raise hf_config.unidentified(parts.text)
+        config_checks.refuse_unknown(_without(cls, fields), "text_config")
+        # transformers reads no copies of these fields beside text_config, so they must be alike.
+        copies = hf_config.text_fields(parts.top, {})
+        config_checks.refuse_unknown(_without(cls, copies), "config.json")
+        repeated = cls._from_fields(fields | copies)
+        read_apart = {*hf_config.TOKEN_IDS, "tie_word_embeddings", "initializer_range"}
+        for name in sorted((_names(cls) & copies.keys()) - read_apart):
+            inner, outer = getattr(config, name), getattr(repeated, name)
+            if inner != outer:
+                raise hf_config.disagreement(f"{name} in text_config", inner, "beside it", outer)
+        return config
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> "TextConfig":
+        fields = dict(fields)
+        heads = fields.get("num_attention_heads", cls.num_attention_heads)
+        if fields.get("num_key_value_heads", heads) is None:
+            fields["num_key_value_heads"] = heads
+        if fields.get("head_dim", cls.head_dim) is None:
+            # If that fails, the checks of values name the invalid fields.
+            with contextlib.suppress(TypeError, ArithmeticError):
+                fields["head_dim"] = fields.get("hidden_size", cls.hidden_size) // heads
+        scaling = fields.get("rope_scaling")
+        if scaling is not None:
+            longest = fields.get("max_position_embeddings", cls.max_position_embeddings)
+            scaling = {"original_max_position_embeddings": longest} | scaling
+            fields["rope_scaling"] = RopeScaling(**scaling)
+        return _from_known(cls, fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a text-only `config.json`, which `transformers` opens."""
@@ -174,6 +249,7 @@ class TextConfig:
         }
 
 
+@no_type_check  # __post_init__ checks the types, with better errors
 @dataclass(frozen=True)
 class VisionConfig:
     """The vision encoder's hyperparameters. Sizes of images and patches are in pixels."""
@@ -197,29 +273,55 @@ class VisionConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(
+        config_checks.normalize(
             self,
-            "hidden_size num_hidden_layers num_attention_heads num_channels intermediate_size "
-            "vision_output_dim image_size patch_size norm_eps rope_theta pixel_shuffle_ratio "
-            "projector_input_dim projector_output_dim",
+            "vision_config",
+            positive="hidden_size num_hidden_layers num_attention_heads num_channels "
+            "intermediate_size vision_output_dim image_size patch_size norm_eps rope_theta "
+            "pixel_shuffle_ratio projector_input_dim projector_output_dim",
+        )
+        sizes = self.projector_input_dim, self.projector_output_dim, self.vision_output_dim
+        dropouts = self.projector_dropout, self.attention_dropout
+        config_checks.require(
+            "vision_config",
             [
-                (self.hidden_act == "gelu", f"hidden_act must be 'gelu', not {self.hidden_act!r}"),
+                (
+                    self.num_hidden_layers <= _MAX_LAYERS,
+                    f"num_hidden_layers must be at most {_MAX_LAYERS}, but is "
+                    f"{self.num_hidden_layers}",
+                ),
+                (
+                    self.hidden_act == "gelu",
+                    f"hidden_act must be 'gelu', but is {hf_config.shown(self.hidden_act)}",
+                ),
+                (
+                    self.norm_eps == 1e-5,
+                    f"norm_eps must be 1e-05, which transformers uses in the vision encoder "
+                    f"whatever the file says, but is {self.norm_eps}",
+                ),
                 (
                     round(self.hidden_size / self.pixel_shuffle_ratio**2) == self.intermediate_size,
                     f"intermediate_size ({self.intermediate_size}), which is also the adapter's "
-                    "input, must be hidden_size / pixel_shuffle_ratio²",
+                    f"input, must be hidden_size / pixel_shuffle_ratio², of {self.hidden_size} and "
+                    f"{self.pixel_shuffle_ratio}",
                 ),
                 (
-                    self.projector_input_dim == self.projector_output_dim == self.vision_output_dim,
-                    "projector_input_dim, projector_output_dim and vision_output_dim must be equal",
+                    len(set(sizes)) == 1,
+                    "projector_input_dim, projector_output_dim and vision_output_dim must be "
+                    f"equal, but are {sizes[0]}, {sizes[1]} and {sizes[2]}",
                 ),
                 (
-                    self.hidden_size % (4 * max(self.num_attention_heads, 1)) == 0,
+                    max(dropouts) < 1,
+                    "projector_dropout and attention_dropout must be in [0, 1), but are "
+                    f"{dropouts[0]} and {dropouts[1]}",
+                ),
+                (
+                    self.hidden_size % (4 * self.num_attention_heads) == 0,
                     f"hidden_size ({self.hidden_size}) must be a multiple of 4 x "
                     f"num_attention_heads ({self.num_attention_heads}) for the 2-D RoPE",
                 ),
                 (
-                    self.image_size % max(self.patch_size, 1) == 0,
+                    self.image_size % self.patch_size == 0,
                     f"image_size ({self.image_size}) must be a multiple of "
                     f"patch_size ({self.patch_size})",
                 ),
@@ -229,14 +331,25 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, source: hf_config.Source) -> "VisionConfig":
         """Reads a `vision_config`, alone or as the part of a whole `config.json`."""
-        raw = hf_config.read_config(source)
-        return cls(**hf_config.vision_fields(raw.get("vision_config", raw), _types(cls)))
+        with hf_config.reading(source) as raw:
+            part = hf_config.parts(raw).vision if hf_config.is_whole(raw) else raw
+            if part is None:
+                raise ValueError("config.json has no vision_config: its model is text-only.")
+            return cls._from_part(hf_config.vision_part(part))
+
+    @classmethod
+    def _from_part(cls, part: Mapping[str, Any]) -> "VisionConfig":
+        fields = hf_config.vision_fields(part)
+        config = _from_known(cls, fields)
+        config_checks.refuse_unknown(_without(cls, fields), "vision_config")
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json`'s `vision_config`."""
         return {"model_type": "llama4_vision_model", **hf_config.written(dataclasses.asdict(self))}
 
 
+@no_type_check  # __post_init__ checks the types, with better errors
 @dataclass(frozen=True)
 class Llama4Config:
     """The whole model's hyperparameters; `vision_config` is None for a text-only model."""
@@ -246,6 +359,9 @@ class Llama4Config:
     boi_token_index: int = 200080
     eoi_token_index: int = 200081
     image_token_index: int = 200092
+
+    def __post_init__(self) -> None:
+        config_checks.normalize(self, "the config", positive="")
 
     @classmethod
     def scout(cls) -> "Llama4Config":
@@ -293,47 +409,54 @@ class Llama4Config:
     def from_hf(cls, source: hf_config.Source) -> "Llama4Config":
         """Reads a `config.json`, whole or text-only: a dict, the file, or the folder that holds it.
 
-        A `ValueError` names every field that it doesn't know; a quantised checkpoint is refused.
+        Missing fields have the defaults of `transformers`. Token ids beside `text_config` override
+        those inside it, and `tie_word_embeddings` counts only inside it, as in `transformers`.
+
+        Raises a `ValueError` for values of a wrong type, for fields that contradict each other, for
+        fields that aren't known, for other families' files and for quantised checkpoints.
         """
-        raw = hf_config.read_config(source)
-        if "text_config" not in raw:
-            return cls(TextConfig.from_hf(raw))
-        parts = {"text_config", "vision_config"}
-        own = {name: value for name, value in raw.items() if name not in parts}
-        known = hf_config.top_fields(own, _types(cls) | {"tie_word_embeddings": bool})
-        text = TextConfig.from_hf(raw["text_config"])
-        if known.pop("tie_word_embeddings", False):
-            text = dataclasses.replace(text, tie_word_embeddings=True)
-        vision = raw.get("vision_config")
-        return cls(text, None if vision is None else VisionConfig.from_hf(vision), **known)
+        with hf_config.reading(source) as raw:
+            parts = hf_config.parts(raw)
+            text = TextConfig._from_parts(parts)
+            vision = None if parts.vision is None else VisionConfig._from_part(parts.vision)
+            config = cls(text, vision, **hf_config.image_tokens(parts.top))
+            for name, copy in hf_config.image_tokens(parts.text).items():
+                if copy != getattr(config, name):
+                    own = getattr(config, name)
+                    raise hf_config.disagreement(f"{name} in text_config", copy, "beside it", own)
+            return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` that `transformers` and this package open."""
+        """The content of a `config.json` that `transformers` and this package open.
+
+        That of a text-only model has the ids of image tokens only where they aren't the released
+        ones.
+        """
+        tokens = {name: getattr(self, name) for name in hf_config.IMAGE_TOKENS}
         if self.vision_config is None:
-            return self.text_config.to_hf()
+            own = {
+                name: token for name, token in tokens.items() if token != getattr(type(self), name)
+            }
+            return self.text_config.to_hf() | own
         return {
             "architectures": ["Llama4ForConditionalGeneration"],
             "model_type": "llama4",
-            "boi_token_index": self.boi_token_index,
-            "eoi_token_index": self.eoi_token_index,
-            "image_token_index": self.image_token_index,
+            **tokens,
             "tie_word_embeddings": self.text_config.tie_word_embeddings,
             "text_config": self.text_config.to_hf(),
             "vision_config": self.vision_config.to_hf(),
         }
 
 
-def _types(cls: type) -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(cls)}
+def _names(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(cls))
 
 
-def _check(config: Any, positive: str, rules: list[tuple[bool, str]]) -> None:
-    """Raises one error that lists every broken rule; `positive` names fields that must be > 0."""
-    broken = [
-        f"{name} must be positive, but is {getattr(config, name)}"
-        for name in positive.split()
-        if not getattr(config, name) > 0
-    ]
-    broken += [sentence for holds, sentence in rules if not holds]
-    if broken:
-        raise ValueError(f"{type(config).__name__}: {'; '.join(broken)}.")
+def _from_known(cls: type[_Config], fields: Mapping[str, Any]) -> _Config:
+    """A config from those of the fields that it has."""
+    return cls(**{name: fields[name] for name in _names(cls) & fields.keys()})
+
+
+def _without(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a config doesn't have."""
+    return {name: value for name, value in fields.items() if name not in _names(cls)}

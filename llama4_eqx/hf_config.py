@@ -1,89 +1,198 @@
-"""Reading and writing `config.json`: its spellings, and the strictness about its fields.
+"""Reading and writing `config.json`: the file, its parts and its spellings.
 
 Works on plain dicts; `config.py` turns them into configs. Sources: the released files of Scout and
-Maverick, and what `transformers` 4.51 to 5.x writes.
+Maverick, and what `transformers` 4.51 to 5.24 reads and writes.
 """
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 
-# Fields of released files that change nothing here, by part of the file.
-_IGNORED_ANYWHERE = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures attn_implementation "
-    "cache_implementation chunk_size_feed_forward dtype for_llm_compressor id2label "
-    "is_encoder_decoder label2id model_type output_attentions output_hidden_states "
-    "output_router_logits problem_type return_dict router_aux_loss_coef router_jitter_noise "
-    "torch_dtype transformers_version use_cache".split()
+_MAX_BYTES = 16 * 2**20
+_MAX_DIGITS = 400
+
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+
+# Fields that only Llama 4 has: they identify a file that lacks a model_type.
+_OWN = frozenset(
+    "attention_chunk_size attn_scale attn_temperature_tuning floor_scale intermediate_size_mlp "
+    "interleave_moe_layer_step no_rope_layer_interval no_rope_layers pixel_shuffle_ratio "
+    "projector_input_dim projector_output_dim vision_output_dim".split()
 )
-_IGNORED_IN_VISION = _IGNORED_ANYWHERE | frozenset(
-    "multi_modal_projector_bias vision_feature_layer vision_feature_select_strategy".split()
-)
-_IGNORED_AT_TOP = _IGNORED_IN_VISION | {"initializer_range"}
+_TEXT_ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration", "Llama4TextModel")
+_VISION_ARCHITECTURES = ("Llama4VisionModel",)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IMAGE_TOKENS = ("boi_token_index", "eoi_token_index", "image_token_index")
 _PER_LAYER = ("no_rope_layers", "moe_layers", "layer_types")
-_SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# What transformers takes a missing field for, where that isn't the released value.
+_MISSING_IN_TEXT = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+_MISSING_IN_VISION = {"hidden_size": 768, "image_size": 448, "vision_output_dim": 7680}
+
+
+class Parts(NamedTuple):
+    """A `config.json`'s own fields and those of its parts."""
+
+    top: Mapping[str, Any]
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any] | None
+    identified: bool  # whether the file says that it is Llama 4's, or has a field that only it has
 
 
 def read_config(source: Source) -> Mapping[str, Any]:
     """The content of a `config.json`: a dict, the file, or the folder that holds it."""
     if isinstance(source, Mapping):
         return source
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: give a config.json or the folder with it.")
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"A config comes as a dict, a file or a folder, not as {shown(source)}.")
+    path = _file(source)
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, but must be a file: fetch it again.")
+    if not os.path.isfile(path):
+        name = str(path)[:300]
+        raise FileNotFoundError(f"There is no {name}: give a config.json or the folder with it.")
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"{path} has {size} bytes, but a config.json has at most {_MAX_BYTES}: "
+            "fetch the file again."
+        )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte-order mark; save it without one")
+        if not text.strip():
+            raise ValueError("it is empty")
+        raw = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_parse_int)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: fetch the file again.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: fetch the file again.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold an object, but holds a {type(raw).__name__}.")
+        raise ValueError(f"{path} must hold an object, but holds {shown(raw)}.")
     return raw
 
 
-def text_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """`TextConfig`'s arguments from a `text_config`, with `rope_scaling` as a dict or None.
+@contextmanager
+def reading(source: Source) -> Iterator[Mapping[str, Any]]:
+    """The content of `source`, inside a context in which a `ValueError` gets the file's name."""
+    raw = read_config(source)
+    try:
+        yield raw
+    except ValueError as error:
+        if isinstance(source, Mapping):
+            raise
+        raise ValueError(f"{_file(source)} can't be read: {error}") from None
 
-    `known`, here and below, gives each field's declared type.
+
+def parts(raw: Mapping[str, Any]) -> Parts:
+    """Splits a `config.json`, whole or text-only, and refuses other families' and quantised ones.
+
+    A whole one without a `vision_config` is a text-only model.
     """
-    fields = _with_rope(raw)
-    if "attn_temperature_tuning" in fields:  # the releases say `true` or `4`
-        fields["attn_temperature_tuning"] = bool(fields["attn_temperature_tuning"])
-    # transformers reads an empty list of MoE layers as "none is", of the others as "the default".
-    for name in ("no_rope_layers", "layer_types"):
-        if not fields.get(name):
-            fields.pop(name, None)
-    if fields.get("num_key_value_heads", 0) is None:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if fields.get("head_dim", 0) is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    return _checked(fields, known, _IGNORED_ANYWHERE, "text_config")
-
-
-def vision_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """`VisionConfig`'s arguments from a `vision_config`."""
-    if raw.get("multi_modal_projector_bias"):
+    types = ("llama4", "llama4_text")
+    identified = _check_family(raw, "config.json", types, _TEXT_ARCHITECTURES)
+    kind = raw.get("model_type") or ("llama4" if is_whole(raw) else "llama4_text")
+    rest = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
+    text, vision = raw.get("text_config"), raw.get("vision_config")
+    if kind == "llama4_text":
+        for name in ("text_config", "vision_config"):
+            if raw.get(name) is not None:
+                raise ValueError(
+                    f"config.json is of model_type 'llama4_text', a text decoder alone, but has a "
+                    f"{name}: the model_type of a whole model is 'llama4'."
+                )
+        return Parts(rest, rest, None, identified)
+    if text is None:
         raise ValueError(
-            "multi_modal_projector_bias is true, but no released projector has a bias."
+            "config.json is a whole model's, but has no text_config: put the text decoder's fields "
+            "there, or set model_type to 'llama4_text' if the file has nothing else."
         )
-    fields = _with_rope(raw)
+    _require_object(text, "text_config")
+    identified |= _check_family(text, "text_config", ("llama4_text",), _TEXT_ARCHITECTURES)
+    if vision is not None:
+        vision = vision_part(vision)
+        identified |= bool(_OWN & vision.keys())
+    return Parts(rest, text, vision, identified)
+
+
+def vision_part(raw: Any) -> Mapping[str, Any]:
+    """A `vision_config`, once it is known to be Llama 4's."""
+    _require_object(raw, "vision_config")
+    _check_family(raw, "vision_config", ("llama4_vision_model",), _VISION_ARCHITECTURES)
+    return raw
+
+
+def is_whole(raw: Mapping[str, Any]) -> bool:
+    """Whether a config has parts."""
+    return raw.get("model_type") == "llama4" or bool({"text_config", "vision_config"} & raw.keys())
+
+
+def text_fields(text: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`TextConfig`'s arguments from a text part, with `rope_scaling` as a dict or None.
+
+    The file's own token ids go before those of its text part, as in `transformers`' `generate`.
+    """
+    fields = _MISSING_IN_TEXT | _with_rope(text, "text_config")
+    for name in IMAGE_TOKENS:
+        for spelling in (name, _alias(name)):
+            fields.pop(spelling, None)
+    for name in TOKEN_IDS:
+        if top.get(name) is not None:
+            fields[name] = top[name]
+        if fields[name] == -1:  # an older spelling of "there is none"
+            fields[name] = None
+    tuning = fields.get("attn_temperature_tuning")
+    if isinstance(tuning, int) and tuning >= 0:  # releases have `true` or `4`
+        fields["attn_temperature_tuning"] = bool(tuning)
+    # transformers reads an empty list of MoE layers as "none", of the others as "the default".
+    for name in ("no_rope_layers", "layer_types"):
+        if fields.get(name) in (None, [], ()):
+            fields.pop(name, None)
+    return fields
+
+
+def vision_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`VisionConfig`'s arguments from a vision part."""
+    fields = _MISSING_IN_VISION | _with_rope(raw, "vision_config")
     if fields.pop("rope_scaling", None) is not None:
         raise ValueError("vision_config asks for RoPE scaling, which the vision encoder lacks.")
-    return _checked(fields, known, _IGNORED_IN_VISION, "vision_config")
+    return fields
 
 
-def top_fields(raw: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """`Llama4Config`'s own arguments from a whole `config.json`."""
-    return _checked(raw, known, _IGNORED_AT_TOP, "config.json")
+def image_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The image tokens' ids under one spelling: `transformers` reads `image_token_id` as well."""
+    found = {}
+    for name in IMAGE_TOKENS:
+        values = [fields[key] for key in (name, _alias(name)) if key in fields]
+        if len(values) == 2 and values[0] != values[1]:
+            raise disagreement(name, values[0], _alias(name), values[1])
+        if values:
+            found[name] = values[0]
+    return found
+
+
+def unidentified(fields: Mapping[str, Any]) -> ValueError:
+    """The error for a config that nothing shows to be Llama 4's."""
+    return ValueError(
+        "config.json has no model_type and no field that only Llama 4 has, so it may be another "
+        f"family's (its fields: {field_names(fields)}): if it is Llama 4's, add "
+        '"model_type": "llama4_text".'
+    )
+
+
+def disagreement(name: str, value: Any, other: str, other_value: Any) -> ValueError:
+    """The error for two fields that must say the same."""
+    return ValueError(
+        f"{name} is {shown(value)}, but {other} is {shown(other_value)}: keep the right one."
+    )
 
 
 def written(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,50 +205,150 @@ def written(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if v is not None or k not in _PER_LAYER}
 
 
-def as_declared(value: Any, kind: Any) -> Any:
-    """A value of JSON as the dataclass field of this type wants it."""
-    if isinstance(value, list):
-        return tuple(value)
-    return float(value) if kind is float else value
+def shown(value: Any) -> str:
+    """A value for an error message: as JSON where it can be, and short."""
+    text = ""
+    try:
+        for chunk in json.JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
+            text += chunk
+            if len(text) > 80:
+                return f"{text[:80]}…"
+    except (TypeError, ValueError, RecursionError):
+        return f"{text[:80]}… (a {type(value).__name__})"
+    return text
 
 
-def _with_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+def listed(items: Sequence[str], separator: str = ", ", *, limit: int = 10) -> str:
+    """Items for an error message, of which at most `limit` are named."""
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
+
+
+def field_names(fields: Iterable[Any]) -> str:
+    """The names of fields for an error message, sorted; odd ones in quotes."""
+    plain = [
+        name if isinstance(name, str) and name.isidentifier() else shown(name) for name in fields
+    ]
+    return listed(sorted(name[:60] for name in plain)) or "none"
+
+
+def _file(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    return path / "config.json" if os.path.isdir(path) else path
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _alias(name: str) -> str:
+    return name.replace("_index", "_id")
+
+
+def _require_object(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must be an object, but is {shown(value)}.")
+
+
+def _check_family(
+    raw: Mapping[str, Any], where: str, model_types: Sequence[str], architectures: Sequence[str]
+) -> bool:
+    """Refuses what isn't Llama 4's or is quantised; returns whether it shows to be Llama 4's."""
+    for name in _QUANTIZED:
+        if raw.get(name) is not None:
+            settings = raw[name] if isinstance(raw[name], Mapping) else {}
+            method = shown(settings.get("quant_method", "an unnamed method"))
+            raise ValueError(
+                f"The checkpoint is quantised with {method} ({name} in {where}), which isn't "
+                "supported yet: use the bf16 release."
+            )
+    if "peft_type" in raw:
+        raise ValueError(
+            f"{where} describes an adapter ({shown(raw['peft_type'])}), not a model: merge the "
+            "adapter into its base model and load that."
+        )
+    expected = " or ".join(map(repr, model_types))
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    if kind == "llama4_vision_model" and kind not in model_types:
+        raise ValueError(
+            f"{where} is a vision encoder's alone (model_type 'llama4_vision_model'), but a text "
+            f"decoder's is needed, of model_type {expected}."
+        )
+    if kind is not None and kind not in model_types:
+        raise ValueError(
+            f"{where} is of another family, model_type {shown(kind)}, but only Llama 4's can be "
+            f"read, of model_type {expected}."
+        )
+    if names is not None and not isinstance(names, list | tuple):
+        raise ValueError(f"architectures in {where} must be a list, but is {shown(names)}.")
+    # A class that PyTorch's FSDP wrapped is saved under a longer name.
+    known = {prefix + name for name in architectures for prefix in ("", "FSDP")}
+    foreign = [name for name in names or () if not isinstance(name, str) or name not in known]
+    if foreign:
+        raise ValueError(
+            f"{where} is of another family, architectures {shown(names)}, but only Llama 4's can "
+            f"be read: {', '.join(architectures)}."
+        )
+    return kind is not None or bool(names) or bool(_OWN & raw.keys())
+
+
+def _with_rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Both spellings of RoPE as `rope_theta` and `rope_scaling`."""
-    fields = dict(raw)
-    newer = fields.pop("rope_parameters", None) or {}
-    older = fields.pop("rope_scaling", None) or {}
-    if newer and older and newer != older:
-        raise ValueError("rope_parameters and rope_scaling disagree: keep one of them.")
-    rope = dict(newer or older)
-    kinds = {rope.pop(name) for name in ("rope_type", "type") if name in rope}
-    theta = rope.pop("rope_theta", None)
+    fields = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
+    found = {
+        name: _rope(raw[name], fields.get("rope_theta"), f"{name} in {where}")
+        for name in ("rope_scaling", "rope_parameters")
+        if raw.get(name) not in (None, {})
+    }
+    if not found:
+        return fields
+    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
+        both = raw["rope_scaling"], raw["rope_parameters"]
+        raise disagreement("rope_scaling", both[0], "rope_parameters", both[1])
+    theta, scaling = next(iter(found.values()))
+    if fields.get("rope_theta") not in (None, theta):
+        inside = f"that inside {next(iter(found))}"
+        raise disagreement("rope_theta", fields["rope_theta"], inside, theta)
     if theta is not None:
         fields["rope_theta"] = theta
-    if not kinds <= {"default", "llama3"} or len(kinds) > 1:
-        raise ValueError(f"RoPE type must be 'default' or 'llama3', but is {sorted(kinds)}.")
-    if kinds == {"llama3"} or (rope and not kinds):
-        if set(rope) != set(_SCALING):
+    return fields | {"rope_scaling": scaling}
+
+
+def _rope(settings: Any, theta: Any, where: str) -> tuple[Any, dict[str, Any] | None]:
+    """The base and the scaling (None: plain RoPE) of one spelling of RoPE."""
+    _require_object(settings, where)
+    rest = {name: value for name, value in settings.items() if value is not None}
+    kinds = [rest.pop(name) for name in ("rope_type", "type") if name in rest]
+    theta = rest.pop("rope_theta", theta)
+    if rest.get("partial_rotary_factor") == 1:
+        del rest["partial_rotary_factor"]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise disagreement(f"rope_type of {where}", kinds[0], "type", kinds[1])
+    names = field_names(rest)
+    if not kinds and rest:
+        raise ValueError(f"{where} has no rope_type, but has {names}: add 'llama3' if it is that.")
+    if kinds and kinds[0] not in ("default", "llama3"):
+        raise ValueError(f"{where} must be of type 'default' or 'llama3', not {shown(kinds[0])}.")
+    if not kinds or kinds[0] == "default":
+        if rest:
             raise ValueError(
-                f"llama3 RoPE scaling needs exactly {_SCALING}, but has {sorted(rope)}."
+                f"{where} is of type 'default', which takes no scaling, but has {names}."
             )
-        fields["rope_scaling"] = rope
-    elif rope:
-        raise ValueError(f"Default RoPE takes no scaling, but the config has {sorted(rope)}.")
-    return fields
-
-
-def _checked(
-    fields: Mapping[str, Any], known: Mapping[str, Any], ignored: Collection[str], where: str
-) -> dict[str, Any]:
-    if fields.get("quantization_config"):
+        return theta, None
+    if not set(_SCALING[:3]) <= rest.keys() <= set(_SCALING):
         raise ValueError(
-            "The checkpoint is quantised (quantization_config), which isn't supported yet: "
-            "use the bf16 release."
+            f"{where} is of type 'llama3', which needs exactly {', '.join(_SCALING)}, but has "
+            f"{names}."
         )
-    unknown = sorted(set(fields) - set(known) - set(ignored) - {"quantization_config"})
-    if unknown:
-        raise ValueError(
-            f"{where} has fields that this package doesn't know: {', '.join(unknown)}. "
-            "Remove them if they change nothing, or ask for support if they do."
-        )
-    return {k: as_declared(v, known[k]) for k, v in fields.items() if k in known}
+    return theta, rest
