@@ -25,7 +25,8 @@ PACKAGE = Path(l4.__file__).parent
 # From the bottom up. An import goes to a lower floor, or to another file of the same folder.
 FLOORS = (
     ("hf_config", "axes", "lowering", "processing"),
-    ("config", "layers", "linen"),
+    ("config_checks", "layers", "linen"),
+    ("config",),
     ("decoder", "projector"),
     ("vision",),
     ("parallel",),

@@ -97,7 +97,7 @@ def test_processes_share_the_documents():
         shares.append({int(token) for tokens, _ in pieces(batches) for token in tokens})
     assert sum(map(len, shares)) == len(set.union(*shares)) == sum(len(d["tokens"]) for d in source)
     assert min(map(len, shares)) > 200
-    with pytest.raises(ValueError, match="40 documents can't be shared out among 41 processes"):
+    with pytest.raises(ValueError, match="40 documents can't be split among 41 processes"):
         packed_batches(source, rows=1, seq=SEQ, seed=0, process=0, processes=41)
 
 
@@ -138,5 +138,5 @@ def test_packed_loss_is_that_of_the_documents_apart():
         rows["mask"][i, : len(tokens)] = True
         rows["target_mask"][i, : len(tokens)] = mask
     truth = loss_of(model, rows)
-    assert relative_error(packed, float(truth.total) * int(truth.tokens)) < 1e-5
-    assert sum(int(loss.num_tokens) for loss in losses) == int(truth.tokens) > 20
+    assert relative_error(packed, float(truth.total) * int(truth.num_tokens)) < 1e-5
+    assert sum(int(loss.num_tokens) for loss in losses) == int(truth.num_tokens) > 20

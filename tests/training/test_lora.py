@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_whole_weights():
         assert relative_error(ours[name].left, d_left) < TOLERANCE, name
         assert relative_error(ours[name].right, d_right) < TOLERANCE, name
         expert_updates += update.left.ndim == 4  # layers experts rows rank
-    assert expert_updates == 2 * 2  # of the two layers that repeat
+    assert expert_updates == 2 * 3  # gates, ups and downs of the two layers that repeat
 
 
 def test_training_moves_the_updates_alone(tmp_path):

@@ -118,8 +118,8 @@ def test_packed_documents_are_apart():
     ids = jnp.asarray([0] * 11 + [1] * 15 + [-1] * 4)
     packed = next_token_loss(model, tokens, segment_ids=ids).token
     parts = [next_token_loss(model, tokens[part]).token for part in (slice(11), slice(11, 26))]
-    assert packed.tokens == 10 + 14
-    mean = sum(part.total * part.tokens.astype(float) for part in parts) / 24
+    assert packed.num_tokens == 10 + 14
+    mean = sum(part.total * part.num_tokens.astype(float) for part in parts) / 24
     assert relative_error(packed.total, mean) < TOLERANCE
 
 
@@ -156,7 +156,6 @@ def test_report_of_even_and_of_lopsided_routers():
     lopsided = jnp.zeros((1, 4, 4)).at[..., 2].set(9.0)
     report = router_report(jnp.concatenate([even, lopsided]), top_k=1)
     np.testing.assert_allclose(report.entropy, [np.log(4), 0], atol=1e-6)
-    np.testing.assert_array_equal(report.dropped, 0)
     assert report.balance_loss[0] == pytest.approx(1)
     assert report.balance_loss[1] > 3.9
 
