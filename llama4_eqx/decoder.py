@@ -212,7 +212,7 @@ class Decoder(eqx.Module):
             )
             if stacked_logits:
                 by_layer = jnp.stack(stacked_logits, axis=1)
-                router_logits.append(by_layer.reshape(-1, *by_layer.shape[2:]))
+                router_logits.append(lax.collapse(by_layer, 0, 2))
         tail_caches = None if cache is None else cache.tail
         x, tail_caches, tail_logits = self.tail(x, context, tail_caches, remat=remat, key=tail_key)
         if tail_logits:

@@ -9,6 +9,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import Decoder
+from llama4_eqx.input_checks import (
+    LAST_POSITION,
+    TokenIds,
+    check_image_tokens,
+    check_mask,
+    check_pixels,
+    check_positions,
+    check_shape,
+    refuse_if,
+    token_ids,
+)
 from llama4_eqx.layers.cache import CacheSpan, KVCache
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.mask import TokenPositions, token_positions
@@ -71,7 +82,7 @@ class Llama4(eqx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "*batch seq"],
+        tokens: TokenIds,
         *,
         mask: Bool[Array, "*batch seq"] | None = None,
         positions: Int[Array, "*batch seq"] | None = None,
@@ -87,7 +98,8 @@ class Llama4(eqx.Module):
         `mask` is True at real tokens; padding may be on any side. `segment_ids` packs documents
         into a row: each is a run of one non-negative id, attends only to itself and counts its
         positions from 0. `positions` overrides the count from each row's (or document's) first real
-        token. `pixel_values` are the tiles of all rows' images in reading order;
+        token; without `segment_ids`, a position that doesn't rise begins a new document.
+        `pixel_values` are the tiles of all rows' images in reading order;
         `image_embeddings`, as `encode_images` returns them, can be passed instead. With a `cache`,
         the tokens continue what it holds. With a `key`, dropout is on. `remat` says what of each
         layer the backward pass recomputes: all but its matrix products (`"dots"`), everything
@@ -97,12 +109,18 @@ class Llama4(eqx.Module):
         outside the vocabulary, a number of image tokens that differs from the images' features, and
         a cache too small.
         """
-        tokens = _inside_vocabulary(tokens, self.embed_tokens.shape[0])
+        tokens = token_ids(tokens, self.embed_tokens.shape[0])
+        check_mask("mask", mask, tokens.shape)
+        check_shape("positions", positions, tokens.shape)
+        check_shape("segment_ids", segment_ids, tokens.shape)
         if cache is None:
             span = None
             placed = token_positions(
                 tokens.shape, mask=mask, segment_ids=segment_ids, positions=positions
             )
+            if positions is not None:
+                checked = placed.positions + check_positions(placed.positions)
+                placed = eqx.tree_at(lambda p: p.positions, placed, checked)
         else:
             if segment_ids is not None or positions is not None:
                 raise ValueError(
@@ -110,6 +128,7 @@ class Llama4(eqx.Module):
                     "prefill each document as a row of its own, and pass start= to empty_cache "
                     "to begin at a later position."
                 )
+            self._check_cache(cache)
             placed, span, cache = _continue(cache, tokens.shape, mask)
         image_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         embedded = self.parallel.embed(self.embed_tokens, tokens)
@@ -117,9 +136,11 @@ class Llama4(eqx.Module):
             if image_embeddings is not None:
                 raise ValueError("Pass pixel_values or image_embeddings, not both.")
             image_embeddings = encode_images(self, pixel_values, remat=remat, key=image_key)
+        is_image = tokens == self.config.image_token_index
         if image_embeddings is not None:
-            is_image = tokens == self.config.image_token_index
             embedded = _place_images(embedded, is_image, image_embeddings)
+        elif self.vision_model is not None and tokens.shape[-1] > 1:  # a single one may be drawn
+            embedded += check_image_tokens(jnp.sum(is_image), 0).astype(embedded.dtype)
         context = Context(placed, self.decoder.rope(placed.positions), span)
         hidden, cache, router_logits = self.parallel.decode(
             self.decoder, embedded, context, cache, remat=remat, key=decoder_key
@@ -142,7 +163,25 @@ class Llama4(eqx.Module):
 
         Global layers keep every token, chunk-local ones at most a chunk.
         """
+        if capacity < 1 or start < 0 or start + capacity > LAST_POSITION:
+            raise ValueError(
+                f"A cache holds at least one token, and positions from 0 to {LAST_POSITION}; got "
+                f"capacity={capacity}, start={start}."
+            )
         return self.decoder.empty_cache(batch_shape, capacity, start=start)
+
+    def _check_cache(self, cache: KVCache) -> None:
+        fitting = eqx.filter_eval_shape(
+            self.decoder.empty_cache, cache.length.shape, cache.capacity
+        )
+        if jax.tree.structure(fitting) != jax.tree.structure(cache) or any(
+            a.shape != b.shape
+            for a, b in zip(jax.tree.leaves(fitting), jax.tree.leaves(cache), strict=True)
+        ):
+            raise ValueError(
+                "The cache was made for another model: use this model's empty_cache (that of its "
+                "unstacked() form differs, too)."
+            )
 
     def unstacked(self) -> "Llama4":
         """The same model with each layer's weights as separate arrays; see `Decoder.unstacked`."""
@@ -159,6 +198,7 @@ def encode_images(
     """The embeddings that replace each tile's image tokens."""
     if model.vision_model is None or model.multi_modal_projector is None:
         raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
+    check_pixels(pixel_values)
     return model.parallel.encode_images(
         model.vision_model, model.multi_modal_projector, pixel_values, remat=remat, key=key
     )
@@ -172,43 +212,10 @@ def _place_images(
     """The embeddings with the images' features at image tokens, both in reading order."""
     features = image_embeddings.reshape(-1, image_embeddings.shape[-1]).astype(embedded.dtype)
     order = jnp.cumsum(is_image.reshape(-1)).reshape(is_image.shape) - 1
-    order += _require_equal_counts(jnp.sum(is_image), len(features))
+    order += check_image_tokens(jnp.sum(is_image), len(features))
+    if len(features) == 0:
+        return embedded + 0 * order[..., None].astype(embedded.dtype)
     return jnp.where(is_image[..., None], features[order], embedded)
-
-
-# Each check returns a scalar 0 that is added to a value used later, so it isn't dead code; scalar,
-# because the host callback would gather a sharded array onto one device.
-
-
-def _require_equal_counts(wanted: Int[Array, ""], given: int) -> Int[Array, ""]:
-    """0, or an error."""
-
-    def refuse(wanted):
-        raise ValueError(
-            f"The tokens have {wanted} image tokens, but the images give {given} features: tokens "
-            "and pixel_values must come from the same call of process()."
-        )
-
-    # Not eqx.error_if, whose sentence can't name a number that is known only at run time.
-    return jax.lax.cond(
-        wanted == given,
-        jnp.zeros_like,
-        lambda wanted: jax.pure_callback(refuse, wanted, wanted),
-        wanted,
-    )
-
-
-def _refuse_if(wrong: Bool[Array, ""], sentence: str) -> Int[Array, ""]:
-    """0, or an error."""
-    return eqx.error_if(jnp.zeros((), jnp.int32), wrong, sentence)
-
-
-def _inside_vocabulary(tokens: Int[Array, "*batch seq"], vocab: int) -> Int[Array, "*batch seq"]:
-    checked = _refuse_if(
-        jnp.any((tokens < 0) | (tokens >= vocab)),
-        f"A token id is outside the vocabulary: ids go from 0 to {vocab - 1}.",
-    )
-    return tokens + checked.astype(tokens.dtype)
 
 
 def _continue(
@@ -223,7 +230,7 @@ def _continue(
     old_end = cache.start + cache.length
     placed = token_positions(shape, mask=mask, start=old_end)
     length = cache.length + jnp.sum(placed.segments >= 0, axis=-1, dtype=jnp.int32)
-    length += _refuse_if(
+    length += refuse_if(
         jnp.any(length > cache.capacity),
         f"The cache holds {cache.capacity} tokens of a row, and a row would need more: make it "
         "larger with model.empty_cache(batch_shape, capacity).",

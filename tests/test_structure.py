@@ -24,7 +24,7 @@ from tests.toys import MULTIMODAL, TOYS
 PACKAGE = Path(l4.__file__).parent
 # From the bottom up. An import goes to a lower floor, or to another file of the same folder.
 FLOORS = (
-    ("hf_config", "axes", "lowering", "processing"),
+    ("hf_config", "axes", "lowering", "input_checks", "processing"),
     ("config_checks", "layers", "linen"),
     ("config",),
     ("decoder", "projector"),

@@ -1,5 +1,6 @@
 """From a prompt to new tokens: prefill, single steps, and the whole loop on the device."""
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY
 from functools import wraps
@@ -8,10 +9,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.generation.sampling import Greedy, Sampler
+from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.model import Llama4
 
@@ -21,7 +24,7 @@ T = TypeVar("T")
 
 @eqx.filter_jit
 def prefill(
-    model: Llama4, tokens: Int[Array, "*batch seq"], cache: KVCache, **forward: Any
+    model: Llama4, tokens: TokenIds, cache: KVCache, **forward: Any
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
     """Reads a prompt or its next part: the logits after each row's last token, and the cache.
 
@@ -34,7 +37,7 @@ def prefill(
     if mask is None:
         last = output.hidden[..., -1, :]
     else:
-        index = tokens.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
+        index = mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
         last = jnp.take_along_axis(output.hidden, index[..., None, None], axis=-2)[..., 0, :]
     return model.unembed(last), cast(KVCache, output.cache)
 
@@ -48,6 +51,13 @@ def decode_step(
     return output.logits[..., 0, :], cast(KVCache, output.cache)
 
 
+def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
+    if stop_ids is None:
+        return ()
+    ids = [stop_ids] if np.ndim(stop_ids) == 0 else stop_ids
+    return tuple(operator.index(i) for i in ids)
+
+
 class Request(eqx.Module):
     """What to continue, and how: the arguments of `generate` and `stream`.
 
@@ -56,17 +66,19 @@ class Request(eqx.Module):
     every row has met one of the `stop_ids`. Samplers that draw need a `key`.
     """
 
-    tokens: Int[Array, "*batch seq"]
+    tokens: TokenIds
     _: KW_ONLY
-    max_new_tokens: int
+    max_new_tokens: int = eqx.field(converter=operator.index)
     mask: Bool[Array, "*batch seq"] | None = None
     pixel_values: Float[Array, "tiles channels height width"] | None = None
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None
     sampler: Sampler = Greedy()
     key: PRNGKeyArray | None = None
-    stop_ids: tuple[int, ...] = eqx.field(default=(), converter=tuple)
+    stop_ids: tuple[int, ...] = eqx.field(default=(), converter=_as_stop_ids)
 
     def __check_init__(self) -> None:
+        if np.shape(self.tokens)[-1:] == (0,):
+            raise ValueError("A prompt needs at least one token.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}.")
         if self.key is None and not isinstance(self.sampler, Greedy):
@@ -99,7 +111,8 @@ def generate(model: Llama4, request: Request) -> Int[Array, "*batch new"]:
     Compiled once for each shape; the loop runs on the device. A row that has stopped repeats its
     stop id to the end. On a CPU, pass `model.unstacked()`.
     """
-    return _generate(model, request)
+    new, all_numbers = _generate(model, request)
+    return _with_numbers(new, all_numbers)
 
 
 @_with_request
@@ -107,7 +120,7 @@ def stream(model: Llama4, request: Request) -> Iterator[Int[Array, "*batch"]]:
     """Yields the tokens of `generate` one step at a time, until every row has stopped."""
     state, cache = _begin(model, request)
     for left in range(request.max_new_tokens - 1, -1, -1):
-        yield state.token
+        yield _with_numbers(state.token, state.all_numbers)
         if left == 0 or bool(jnp.all(state.stopped)):
             return
         state, cache = _advance_in_place((model, request, state), cache)
@@ -118,17 +131,31 @@ class _State(eqx.Module):
 
     token: Int[Array, "*batch"]
     stopped: Bool[Array, "*batch"]
+    all_numbers: Bool[Array, ""]  # no logit so far was NaN
     key: PRNGKeyArray
+
+
+def _with_numbers(
+    tokens: Int[Array, "*batch"], all_numbers: Bool[Array, ""]
+) -> Int[Array, "*batch"]:
+    """The tokens, or an error where they were chosen among logits that aren't numbers."""
+    sentence = "The model's logits are NaN: its weights or its input are damaged."
+    if isinstance(all_numbers, jax.core.Tracer):
+        return eqx.error_if(tokens, ~all_numbers, sentence)
+    if not bool(all_numbers):
+        raise ValueError(sentence)
+    return tokens
 
 
 @eqx.filter_jit
 def _begin(model: Llama4, request: Request) -> tuple[_State, KVCache]:
-    *batch_shape, seq = request.tokens.shape
+    tokens = token_ids(request.tokens, model.embed_tokens.shape[0])
+    *batch_shape, seq = tokens.shape
     # The last new token is never read, so it needs no room.
     cache = model.empty_cache(tuple(batch_shape), seq + request.max_new_tokens - 1)
     logits, cache = prefill(
         model,
-        request.tokens,
+        tokens,
         cache,
         mask=request.mask,
         pixel_values=request.pixel_values,
@@ -137,7 +164,7 @@ def _begin(model: Llama4, request: Request) -> tuple[_State, KVCache]:
     key = jax.random.key(0) if request.key is None else request.key
     sample_key, key = jax.random.split(key)
     token = request.sampler(logits, sample_key)
-    return _State(token, request.is_stop(token), key), cache
+    return _State(token, request.is_stop(token), ~jnp.any(jnp.isnan(logits)), key), cache
 
 
 def _advance(
@@ -146,7 +173,8 @@ def _advance(
     logits, cache = decode_step(model, state.token, cache)
     sample_key, key = jax.random.split(state.key)
     token = jnp.where(state.stopped, state.token, request.sampler(logits, sample_key))
-    return _State(token, state.stopped | request.is_stop(token), key), cache
+    all_numbers = state.all_numbers & ~jnp.any(jnp.isnan(logits))
+    return _State(token, state.stopped | request.is_stop(token), all_numbers, key), cache
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -157,7 +185,7 @@ def _advance_in_place(
 
 
 @eqx.filter_jit
-def _generate(model: Llama4, request: Request) -> Int[Array, "*batch new"]:
+def _generate(model: Llama4, request: Request) -> tuple[Int[Array, "*batch new"], Bool[Array, ""]]:
     state, cache = _begin(model, request)
     steps = request.max_new_tokens
     new = jnp.broadcast_to(state.token[..., None], (*state.token.shape, steps))
@@ -173,4 +201,5 @@ def _generate(model: Llama4, request: Request) -> Int[Array, "*batch new"]:
         new = jnp.where(jnp.arange(steps) >= i, state.token[..., None], new)
         return i + 1, state, cache, new
 
-    return lax.while_loop(unfinished, step, (1, state, cache, new))[-1]
+    _, state, _, new = lax.while_loop(unfinished, step, (1, state, cache, new))
+    return new, state.all_numbers

@@ -40,9 +40,10 @@ class Sample(Sampler):
     min_p: float | None = None
 
     def __check_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 1e-6 <= self.temperature <= 1e6:  # beyond, float32 logits over- or underflow
             raise ValueError(
-                f"temperature must be positive, but is {self.temperature}: use Greedy() for zero."
+                "temperature must be positive, from 1e-6 to 1e6, but is "
+                f"{self.temperature}: use Greedy() for zero."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, but is {self.top_k}.")

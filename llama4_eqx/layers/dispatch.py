@@ -47,7 +47,7 @@ def routed_experts(
             here = (expert_of_row >= 0) & (expert_of_row < local_experts)
             expert_of_row = jnp.where(here, expert_of_row, local_experts)
         out = _through_local_experts(rows, expert_of_row, tuple(weights))
-    out = out.reshape(*expert_ids.shape, -1).sum(-2)
+    out = out.reshape(*expert_ids.shape, x.shape[-1]).sum(-2)
     return psum_over(out, () if all_to_all else mesh_axes.experts)
 
 

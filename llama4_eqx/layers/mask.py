@@ -45,7 +45,8 @@ def token_positions(
     `mask` is False at padding. `segment_ids` pack documents into a row: each run of one id is a
     document, negative ids are padding; without them a row is one document. Positions count each
     document's real tokens from 0, but the row's first document from `start`, where a cache holds
-    what came before. `positions` overrides the count.
+    what came before. `positions` overrides the count; without `segment_ids`, a position
+    that doesn't rise begins a new document.
     """
     contiguous = all(given is None for given in (mask, segment_ids, positions, start))
     real = jnp.ones(shape, bool) if mask is None else mask
@@ -53,6 +54,8 @@ def token_positions(
     if segment_ids is not None:
         real &= segment_ids >= 0
         begins = jnp.diff(segment_ids, prepend=segment_ids[..., :1]) != 0
+    if positions is not None and segment_ids is None:
+        begins = _positions_restart(positions, real)
     # Numbered anew: an id that comes back later in the row names another document.
     segments = jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
     if positions is None:
@@ -66,3 +69,14 @@ def token_positions(
         segments=jnp.where(real, segments, -1),
         contiguous=contiguous,
     )
+
+
+def _positions_restart(
+    positions: Int[Array, "*batch seq"], real: Bool[Array, "*batch seq"]
+) -> Bool[Array, "*batch seq"]:
+    """True at real tokens whose position isn't above that of the real token before."""
+    axis, index = positions.ndim - 1, jnp.arange(positions.shape[-1])
+    last_real = jax.lax.cummax(jnp.where(real, index, -1), axis=axis)
+    before = jnp.concatenate([jnp.full_like(last_real[..., :1], -1), last_real[..., :-1]], axis)
+    position_before = jnp.take_along_axis(positions, jnp.maximum(before, 0), axis=axis)
+    return real & (before >= 0) & (positions <= position_before)

@@ -57,8 +57,12 @@ def packed_batches(
 
     `iter(…)` has `get_state()` and `set_state(state)`: after a restore the same batches follow.
 
-    Raises a `ValueError` for fewer documents than processes.
+    Raises a `ValueError` for fewer documents than processes, and, when it is read, for a document
+    without tokens or whose mask has another length.
     """
+    for name, count in (("rows", rows), ("seq", seq), ("window", window), ("open_rows", open_rows)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, but is {count}.")
     process = jax.process_index() if process is None else process
     processes = jax.process_count() if processes is None else processes
     if len(documents) < processes:
@@ -87,6 +91,13 @@ class _Split(FlatMapTransform):
 
     def flat_map(self, element: Document) -> Sequence[Document]:
         tokens, target_mask = element["tokens"], element["target_mask"]
+        if len(tokens) == 0:
+            raise ValueError("A document has no tokens: leave empty documents out.")
+        if len(tokens) != len(target_mask):
+            raise ValueError(
+                f"A document has {len(tokens)} tokens, but a target_mask of {len(target_mask)}: "
+                "they must have one entry for each token."
+            )
         return [
             Document(
                 tokens=tokens[start : start + self.size],

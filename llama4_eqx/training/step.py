@@ -112,6 +112,13 @@ def make_train_step(
     `llama4_eqx.training.expert_bias`.
     """
 
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, but is {clip_norm}: pass None for none.")
+    if micro_batches is not None and micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, but is {micro_batches}.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), but is {ema_decay}.")
+
     def weighted(trained, frozen, batch, key):
         model, batch = _cast((eqx.combine(trained, frozen), batch), compute_dtype)
         loss, num_targets, aux = loss_function(model, batch, key)
