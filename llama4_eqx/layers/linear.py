@@ -36,5 +36,6 @@ def unproject(
     bias: Float[Array, "hidden"] | None,
 ) -> Float[Array, "*batch hidden"]:
     """Projects all heads' vectors back to the residual stream."""
-    out = linear(x.reshape(*x.shape[:-2], -1), weight.reshape(len(weight), -1))
+    inner = weight.shape[-2] * weight.shape[-1]
+    out = linear(x.reshape(*x.shape[:-2], inner), weight.reshape(len(weight), inner))
     return out if bias is None else out + bias
