@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 
 from llama4_eqx.axes import axis_words, leaf_name
 
-# Linen's logical axis rules: each of our axis words, and the mesh axis that it is cut along.
+# Linen's logical axis rules: axis words, and the mesh axis that each is sharded along.
 LogicalAxisRules = tuple[tuple[str, str | None], ...]
 
 
@@ -45,7 +45,7 @@ class _AsLinen(nn.Module):
     @nn.compact
     def __call__(self, *args: Any, **options: Any) -> Any:
         shapes = eqx.filter_eval_shape(self.make, jax.random.key(0))
-        # Linen wants each name once; the patch's two sides share a word and are never cut.
+        # Linen wants each name once; the patch's two sides share a word and are never sharded.
         words = {
             leaf: tuple(word if axes.count(word) == 1 else None for word in axes)
             for leaf, axes in axis_words(shapes).items()

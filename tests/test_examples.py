@@ -27,6 +27,8 @@ import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from tests.toys import MULTIMODAL, their_embeddings
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))  # the examples import each other
 

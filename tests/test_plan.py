@@ -8,6 +8,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -47,7 +47,7 @@ class LoRA(eqx.Module):
         dtype: DTypeLike = jnp.float32,
         key: PRNGKeyArray,
     ) -> None:
-        """Updates are scaled by `alpha / rank`; `alpha` is twice the rank where None.
+        """Updates are scaled by `alpha / rank`; `alpha` defaults to twice the rank.
 
         Raises a `ValueError` for a pattern that matches no leaf, or a leaf that isn't a matrix.
         """

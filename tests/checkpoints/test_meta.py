@@ -16,6 +16,8 @@ import llama4_eqx as l4
 from llama4_eqx.checkpoints import convert_meta_checkpoint
 from tests.toys import random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 PARAMS = {
     "dim": 64,
     "n_layers": 8,

@@ -22,6 +22,8 @@ from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shardings
 from tests.toys import MULTIMODAL, SCOUT, TOYS
 
+pytestmark = pytest.mark.slow
+
 # Two cycles of two layers, stacked, and one layer more.
 TEXT = Llama4Config(replace(SCOUT, num_hidden_layers=5, no_rope_layers=(1, 0, 1, 0, 1)))
 CASES = {

@@ -26,6 +26,8 @@ from jax.sharding import PartitionSpec as P
 import llama4_eqx as l4
 from llama4_eqx.checkpoints import TrainCheckpointer
 
+pytestmark = pytest.mark.slow
+
 SUMS = "sha256sums.txt"
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Every axis can be cut among 256 devices. Nothing of this is run.
 SIZES = {
     "hidden_size": 512,
