@@ -4,8 +4,12 @@
 """
 
 from llama4_eqx.checkpoints.errors import CheckpointError as CheckpointError
+from llama4_eqx.checkpoints.generation_config import GenerationConfig as GenerationConfig
+from llama4_eqx.checkpoints.generation_config import (
+    load_generation_config as load_generation_config,
+)
 from llama4_eqx.checkpoints.hugging_face import load_checkpoint as load_checkpoint
-from llama4_eqx.checkpoints.hugging_face import save_checkpoint as save_checkpoint
 from llama4_eqx.checkpoints.meta import convert_meta_checkpoint as convert_meta_checkpoint
+from llama4_eqx.checkpoints.saving import save_checkpoint as save_checkpoint
 from llama4_eqx.checkpoints.training_run import Checkpointable as Checkpointable
 from llama4_eqx.checkpoints.training_run import TrainCheckpointer as TrainCheckpointer

@@ -1,104 +1,27 @@
 """Converting Meta's checkpoints, `params.json` and `consolidated.NN.pth`, to Hugging Face folders.
 
 Needs the extra `meta` (torch). The files are read by `torch.load(weights_only=True)`, which builds
-only tensors, and are memory-mapped. The names and the axis along which each tensor is sharded are
-those of llama-models 0.3.0 (`checkpoint.py` and the modules' load hooks).
+only tensors, and are memory-mapped.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama4_eqx.checkpoints.errors import CheckpointError
+from safetensors import SafetensorError
+
+from llama4_eqx.checkpoints.errors import CheckpointError, listed
+from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.meta_tensors import converted
 from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
 
-# Meta's tensor, Hugging Face's, and the axis that is sharded among Meta's files (- if none).
-_WHOLE = """
-    tok_embeddings.weight     language_model.model.embed_tokens.weight  0
-    norm.weight               language_model.model.norm.weight          -
-    output.weight             language_model.lm_head.weight             0
-    vision_projection.weight  multi_modal_projector.linear_1.weight     0
-"""
-# After `layers.N.`, and after `language_model.model.layers.N.`; some have two names at Meta.
-_TEXT_LAYER = """
-    attention_norm.weight                  input_layernorm.weight            -
-    attention.wqkv.layer_norm_weight       input_layernorm.weight            -
-    ffn_norm.weight                        post_attention_layernorm.weight   -
-    feed_forward.norm.weight               post_attention_layernorm.weight   -
-    feed_forward.mlp.layer_norm_weight     post_attention_layernorm.weight   -
-    attention.wq.weight                    self_attn.q_proj.weight           0
-    attention.wk.weight                    self_attn.k_proj.weight           0
-    attention.wv.weight                    self_attn.v_proj.weight           0
-    attention.wo.weight                    self_attn.o_proj.weight           1
-    feed_forward.w1.weight                 feed_forward.gate_proj.weight     0
-    feed_forward.w3.weight                 feed_forward.up_proj.weight       0
-    feed_forward.w2.weight                 feed_forward.down_proj.weight     1
-    feed_forward.mlp.fc2_weight            feed_forward.down_proj.weight     1
-    feed_forward.w_in_shared_FD.weight     feed_forward.shared_expert.gate_proj.weight  0
-    feed_forward.w_swiglu_FD.weight        feed_forward.shared_expert.up_proj.weight    0
-    feed_forward.w_out_shared_DF.weight    feed_forward.shared_expert.down_proj.weight  1
-    feed_forward.shared_expert.w1.weight   feed_forward.shared_expert.gate_proj.weight  0
-    feed_forward.shared_expert.w3.weight   feed_forward.shared_expert.up_proj.weight    0
-    feed_forward.shared_expert.w2.weight   feed_forward.shared_expert.down_proj.weight  1
-"""
-# After `vision_embeddings.`, and after `vision_model.`
-_VISION = """
-    vision_adapter.mlp.c_fc.weight           vision_adapter.mlp.fc1.weight  0
-    vision_adapter.mlp.c_proj.weight         vision_adapter.mlp.fc2.weight  1
-    vision_encoder.class_embedding           class_embedding                -
-    vision_encoder.positional_embedding_vlm  positional_embedding_vlm       -
-    vision_encoder.conv1._linear.weight      patch_embedding.linear.weight  0
-    vision_encoder.ln_pre.weight             layernorm_pre.weight           -
-    vision_encoder.ln_pre.bias               layernorm_pre.bias             -
-    vision_encoder.ln_post.weight            layernorm_post.weight          -
-    vision_encoder.ln_post.bias              layernorm_post.bias            -
-"""
-# After `vision_embeddings.vision_encoder.transformer.resblocks.N.`, and after
-# `vision_model.model.layers.N.`
-_VISION_LAYER = """
-    ln_1.weight         input_layernorm.weight           -
-    ln_1.bias           input_layernorm.bias             -
-    ln_2.weight         post_attention_layernorm.weight  -
-    ln_2.bias           post_attention_layernorm.bias    -
-    attn.wq.weight      self_attn.q_proj.weight          0
-    attn.wk.weight      self_attn.k_proj.weight          0
-    attn.wv.weight      self_attn.v_proj.weight          0
-    attn.wo.weight      self_attn.o_proj.weight          1
-    attn.wq.bias        self_attn.q_proj.bias            0
-    attn.wk.bias        self_attn.k_proj.bias            0
-    attn.wv.bias        self_attn.v_proj.bias            0
-    attn.wo.bias        self_attn.o_proj.bias            -
-    mlp.c_fc.weight     mlp.fc1.weight                   0
-    mlp.c_fc.bias       mlp.fc1.bias                     0
-    mlp.c_proj.weight   mlp.fc2.weight                   1
-    mlp.c_proj.bias     mlp.fc2.bias                     -
-"""
-# The experts' three tensors under both of Meta's spellings: gates, ups, downs.
-_EXPERTS = (("moe_w_in_eD_F", "moe_w_swiglu_eD_F", "moe_w_out_eF_D"), ("w1", "w3", "w2"))
+_FILE = re.compile(r"consolidated\..*\.pth")
 _DERIVED = re.compile(r"rope\.freqs|_extra_state$")
-
-
-def _table(text: str) -> dict[str, tuple[str, int | None]]:
-    rows = [line.split() for line in text.strip().splitlines()]
-    return {meta: (ours, None if axis == "-" else int(axis)) for meta, ours, axis in rows}
-
-
-# Prefixes of Meta's and of Hugging Face's names, and the table for the rest; the first match wins.
-_RULES = (
-    (
-        r"vision_embeddings\.vision_encoder\.transformer\.resblocks\.(\d+)\.",
-        r"vision_model.model.layers.\1.",
-        _table(_VISION_LAYER),
-    ),
-    (r"vision_embeddings\.", "vision_model.", _table(_VISION)),
-    (r"layers\.(\d+)\.", r"language_model.model.layers.\1.", _table(_TEXT_LAYER)),
-    ("", "", _table(_WHOLE)),
-)
 
 
 def convert_meta_checkpoint(
@@ -110,37 +33,46 @@ def convert_meta_checkpoint(
     Writes one file for each layer, so memory holds little more than one layer. `target` appears
     when it is complete; the tokenizer is copied.
 
-    Raises `CheckpointError` for tensors that it doesn't know or that don't fit each other, and
-    `FileExistsError` for a target that exists. The size of a context isn't in Meta's files: set
+    Raises `CheckpointError` for missing files and for tensors that it doesn't know or that don't
+    fit each other, `params.json` or the tokenizer, `FileExistsError` for a target that exists, and
+    an `OSError` if there is no room. The size of a context isn't in Meta's files: set
     `max_position_embeddings` in the new `config.json` where it matters.
     """
-    source, target = Path(source), Path(target).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} exists: choose another folder.")
+    source, target = Path(source), Path(os.path.realpath(target))
+    _require_absent(target)
     shards = _open(source)
     try:
         config = _config(source, shards[0])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{source} is damaged: params.json can't be read, or it or the tensors lack {error}."
-        ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent))
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = f"it or the tensors lack {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{source / 'params.json'} doesn't fit: {reason}.") from error
+    _check_sizes(source, config, shards)
+    staging: Staging | None = None
     try:
-        _write(config, shards, partial)
+        staging = Staging(target)
+        _write(config, shards, staging.path)
         if (source / "tokenizer.model").is_file():
-            shutil.copy2(source / "tokenizer.model", partial)
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(target)
+            shutil.copy2(source / "tokenizer.model", staging.path)
+        staging.commit(check=lambda: _require_absent(target))
     except OSError as error:
+        if isinstance(error, FileExistsError) and error.errno is None:
+            raise
         raise OSError(
             error.errno,
             f"Could not write {target}: {error.strerror or error}. Nothing was left there; make "
             "room or choose another place, and convert again.",
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if staging is not None:
+            staging.discard()
     return config
+
+
+def _require_absent(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists: choose another folder.")
 
 
 def _torch() -> Any:
@@ -153,10 +85,17 @@ def _torch() -> Any:
     return torch
 
 
+def _files(source: Path) -> list[Path]:
+    return sorted(path for path in source.iterdir() if _FILE.fullmatch(path.name))
+
+
 def _open(source: Path) -> list[dict[str, Any]]:
-    files = sorted(source.glob("consolidated.*.pth"))
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no folder {source}.")
+    files = _files(source)
     if not files or not (source / "params.json").is_file():
         raise FileNotFoundError(f"{source} doesn't hold params.json and consolidated.*.pth.")
+    _check_numbers(source, files)
     torch, shards = _torch(), []
     for file in files:
         try:
@@ -166,17 +105,81 @@ def _open(source: Path) -> list[dict[str, Any]]:
                 f"{file} can't be read as plain tensors ({error}): it is cut short, damaged, or "
                 "holds other Python objects, which are never loaded."
             ) from error
+        tensors = isinstance(shard, dict) and all(
+            isinstance(t, torch.Tensor) for t in shard.values()
+        )
+        if not tensors:
+            raise CheckpointError(f"{file} doesn't hold tensors by name.")
         shards.append({name: t for name, t in shard.items() if not _DERIVED.search(name)})
-    different = set().union(*shards) - set(shards[0]).intersection(*shards)
-    if different:
-        raise CheckpointError(f"The files of {source} hold different tensors: {sorted(different)}")
+    for file, shard in zip(files[1:], shards[1:], strict=True):
+        different = sorted(set(shard) ^ set(shards[0]))
+        if different:
+            raise CheckpointError(
+                f"{files[0]} and {file.name} hold different tensors:\n{listed(different)}"
+            )
     return shards
+
+
+def _check_numbers(source: Path, files: list[Path]) -> None:
+    """Raises a `CheckpointError` unless the files are numbered from 0 on without a gap."""
+    numbers = {file.name.split(".")[1] for file in files}
+    expected = {f"{number:02}" for number in range(len(files))}
+    if numbers != expected:
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        missing = sorted({f"{number:02}" for number in range(last + 1)} - numbers)
+        named = ", ".join(f"consolidated.{number}.pth" for number in missing[:5])
+        raise CheckpointError(
+            f"{source} lacks {named or 'consolidated.00.pth'}: fetch all files of the checkpoint."
+        )
+
+
+def _check_sizes(source: Path, config: Llama4Config, shards: Sequence[dict[str, Any]]) -> None:
+    """Raises a `CheckpointError` where the files together don't have the sizes that `params.json`
+    and the tokenizer ask for, as when some of the files are missing."""
+    params, text = json.loads((source / "params.json").read_text()), config.text_config
+    query = text.num_attention_heads * text.head_dim
+    key = text.num_key_value_heads * text.head_dim
+    rows = {
+        "tok_embeddings.weight": params.get("vocab_size"),
+        "output.weight": params.get("vocab_size"),
+        "attention.wq.weight": query,
+        "attention.wk.weight": key,
+        "attention.wv.weight": key,
+        "attention.wqkv.weight": query + 2 * key,
+    }
+    for name, tensor in shards[0].items():
+        ending = ".".join(name.split(".")[2:]) if name.startswith("layers.") else name
+        asked = rows.get(ending)
+        if not isinstance(asked, int) or asked <= 0:  # old files have a vocab_size of -1
+            continue
+        held = tensor.shape[0] * len(shards)
+        if held != asked:
+            raise CheckpointError(
+                f"{name} has {held} rows in the {len(shards)} consolidated.NN.pth of {source}, but "
+                f"params.json asks for {asked}: files are missing, or belong to another model."
+            )
+    ranks = _number_of_ranks(source / "tokenizer.model")
+    if ranks is not None and text.vocab_size < ranks:
+        raise CheckpointError(
+            f"tok_embeddings.weight has {text.vocab_size} rows in the {len(shards)} "
+            f"consolidated.NN.pth of {source}, but tokenizer.model has {ranks} tokens: files are "
+            "missing, or belong to another model."
+        )
+
+
+def _number_of_ranks(path: Path) -> int | None:
+    """The tokens of a tiktoken file, a line each; None for another kind of file."""
+    if not path.is_file():
+        return None
+    lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+    ranked = all(len(line) == 2 and line[1].isdigit() for line in lines)
+    return len(lines) if ranked else None
 
 
 def _config(source: Path, shard: dict[str, Any]) -> Llama4Config:
     """The config in `params.json`, with the widths that it lacks taken from the tensors."""
     params = json.loads((source / "params.json").read_text())
-    files = len(list(source.glob("consolidated.*.pth")))
+    files = len(_files(source))
     heads, experts = params["n_heads"], (params.get("moe_args") or {})
 
     def width(*endings: str, axis: int, of: int = 1) -> int | None:
@@ -254,52 +257,19 @@ def _write(config: Llama4Config, shards: Sequence[dict[str, Any]], folder: Path)
         sharded = {name: [shard[name] for shard in shards] for name in names}
         content = {
             name if config.vision_config else name.removeprefix("language_model."): tensor
-            for name, tensor in _converted(sharded, config)
+            for name, tensor in converted(sharded, config)
         }
-        save_file({name: t.contiguous() for name, t in content.items()}, folder / file)
+        _save(save_file, {name: t.contiguous() for name, t in content.items()}, folder / file)
         weight_map |= dict.fromkeys(content, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
 
 
-def _converted(sharded: dict[str, list[Any]], config: Llama4Config) -> Iterator[tuple[str, Any]]:
-    """Hugging Face's names and whole tensors, from the shards of some of Meta's."""
-    torch, text = _torch(), config.text_config
-    experts: dict[str, dict[str, Any]] = {}
-    for name, pieces in sharded.items():
-        match, prefix, table = next(
-            (found, found.expand(prefix), table)
-            for pattern, prefix, table in _RULES
-            if (found := re.match(pattern, name))
-        )
-        key = name[match.end() :]
-        if key in table:
-            ours, axis = table[key]
-            yield prefix + ours, pieces[0] if axis is None else torch.cat(pieces, axis)
-        elif key == "attention.wqkv.weight":
-            heads = (text.num_attention_heads, *[text.num_key_value_heads] * 2)
-            sizes = [count * text.head_dim // len(pieces) for count in heads]
-            parts = zip(*(piece.split(sizes) for piece in pieces), strict=True)
-            for letter, part in zip("qkv", parts, strict=True):
-                yield f"{prefix}self_attn.{letter}_proj.weight", torch.cat(part)
-        elif key == "feed_forward.mlp.fc1_weight":
-            parts = zip(*(piece.chunk(2) for piece in pieces), strict=True)
-            for word, part in zip(("gate", "up"), parts, strict=True):
-                yield f"{prefix}feed_forward.{word}_proj.weight", torch.cat(part)
-        elif key == "feed_forward.router_DE":
-            yield f"{prefix}feed_forward.router.weight", pieces[0].T
-        elif key.startswith("feed_forward.experts."):
-            experts.setdefault(prefix, {})[key.rpartition(".")[2]] = pieces
-        else:
-            raise CheckpointError(f"The tensor {name} is none of Llama 4's.")
-    for prefix, found in experts.items():
-        names = next((names for names in _EXPERTS if set(names) == set(found)), None)
-        if names is None:
-            raise CheckpointError(f"The experts of {prefix} have the tensors {sorted(found)}.")
-        shape = text.num_local_experts, text.hidden_size, -1
-        gate, up = (torch.cat([p.reshape(shape) for p in found[n]], 2) for n in names[:2])
-        yield f"{prefix}feed_forward.experts.gate_up_proj", torch.cat([gate, up], 2)
-        shape = text.num_local_experts, -1, text.hidden_size
-        down = torch.cat([piece.reshape(shape) for piece in found[names[2]]], 1)
-        yield f"{prefix}feed_forward.experts.down_proj", down
+def _save(save_file: Any, content: dict[str, Any], path: Path) -> None:
+    try:
+        save_file(content, path)
+    except SafetensorError as error:  # of a full disk, too
+        code = re.search(r"\b(?:code:|os error) (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number) if code else str(error)) from error

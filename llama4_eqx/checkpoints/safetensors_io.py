@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedIOBase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -22,57 +22,107 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 _DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Header:
-    """The file of a tensor, and its shape and dtype there, the latter as safetensors names it."""
+    """A tensor in a file: its name, shape and dtype there, the latter as safetensors names it."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file that holds it."""
+        return (self.file,)
 
-def read_headers(folder: Path, selected: Callable[[str], bool]) -> dict[str, Header]:
-    """The selected tensors in the folder, by name, from the files' headers.
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """The tensors in the folder, by name, from the files' headers.
+
+    `model.safetensors` goes before an index, as in `transformers`. What counts is the files'
+    content: an index only says which files there are.
 
     Raises `CheckpointError` with every missing or damaged file, and `FileNotFoundError` where there
     are no weights at all.
     """
-    index, problems = folder / INDEX, []
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again.") from error
-        files = sorted(set(weight_map.values()))
-    else:
-        weight_map, files = {}, [SINGLE]
-        if not (folder / SINGLE).is_file():
-            raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}.")
-    found = {}
-    for name in files:
+    weight_map, names = {}, [SINGLE]
+    if not (folder / SINGLE).is_file():
+        weight_map = _weight_map(folder)
+        names = sorted(set(weight_map.values()))
+    found: dict[str, Header] = {}
+    problems, unread = [], set()
+    for name in names:
         path = folder / name
-        if path.parent != folder or not path.is_file():
-            problems.append(f"file {name} is missing")
-            continue
         try:
-            with safe_open(path, framework="numpy") as source:
-                for tensor in source.keys():  # noqa: SIM118 (not a dict)
-                    if tensor in found:
-                        problems.append(f"{tensor} is in both {found[tensor].file.name} and {name}")
-                    view = source.get_slice(tensor)
-                    found[tensor] = Header(path, tuple(view.get_shape()), view.get_dtype())
-        except SafetensorError as error:
-            problems.append(f"file {name} is truncated or damaged ({error})")
+            headers = _headers(path) if _is_inside(name) else f"{name} is missing: it isn't inside"
+        except OSError as error:
+            headers = f"{name} can't be read ({error.strerror or error})"
+        if isinstance(headers, str):
+            problems.append(f"file {headers}")
+            unread.add(name)
+            continue
+        for header in headers:
+            if header.name in found:
+                other = found[header.name].file.relative_to(folder)
+                problems.append(f"{header.name} is in both {other} and {name}")
+            found[header.name] = header
     problems += [
         f"{tensor} is not in {name}, where the index says it is"
         for tensor, name in weight_map.items()
-        if tensor not in found and not any(name in problem for problem in problems)
+        if tensor not in found and name not in unread
     ]
     if problems:
         raise cannot_load(folder, problems)
-    return {name: header for name, header in found.items() if selected(name)}
+    return found
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS left a pointer in the file's place."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}.")
+    if is_lfs_pointer(path):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull`.")
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("weight_map must give a file for each tensor")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}): fetch it again.") from error
+    return weight_map
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file that an index names lies in the folder or a subfolder of it."""
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _headers(path: Path) -> list[Header] | str:
+    """The tensors in a file, or what is wrong with it."""
+    name = path.name
+    if not path.is_file():
+        return f"{name} is missing"
+    if is_lfs_pointer(path):
+        return f"{name} is a Git LFS pointer, not the weights: run `git lfs pull`"
+    try:
+        with safe_open(path, framework="numpy") as source:
+            views = {tensor: source.get_slice(tensor) for tensor in source.keys()}  # noqa: SIM118
+            return [
+                Header(path, tensor, tuple(view.get_shape()), view.get_dtype())
+                for tensor, view in views.items()
+            ]
+    except SafetensorError as error:
+        return f"{name} is truncated or damaged ({error})"
 
 
 def reader(

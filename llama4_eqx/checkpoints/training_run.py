@@ -5,26 +5,38 @@ complete: `state/` holds the arrays, `run/metadata` their shapes and the positio
 `sha256sums.txt` every file's checksum (`sha256sum -c` reads it). Nothing is ever unpickled.
 """
 
-import base64
+import contextlib
 import json
 import logging
+import operator
 import os
+import re
 import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama4_eqx.checkpoints.checksums import damage, write_checksums
-from llama4_eqx.checkpoints.errors import CheckpointError
+from llama4_eqx.checkpoints.errors import CheckpointError, listed
+from llama4_eqx.checkpoints.run_state import (
+    decoded_position,
+    dtype_and_shape,
+    encoded_position,
+    is_array,
+    named_leaves,
+    restored,
+    stored_form,
+)
 from llama4_eqx.distributed.processes import allgather_json
 
 T = TypeVar("T")
+_PLAIN = re.compile(r"[\w\-./ ]+")
 
 
 @runtime_checkable
@@ -46,13 +58,19 @@ class TrainCheckpointer:
     calls with a folder that all of them share.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int = 3):
-        self._folder, self._max_to_keep = Path(folder).absolute(), max_to_keep
-        if max_to_keep < 1:
-            raise ValueError(f"max_to_keep must be at least 1, not {max_to_keep}.")
+    def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int | Any = 3):
+        self._folder = Path(folder).absolute()
+        self._max_to_keep = _whole_number("max_to_keep", max_to_keep, at_least=1)
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{self._folder} is a file: give a folder.")
         self._orbax = _orbax()
+        self._orbax_folder = self._folder
+        if not _PLAIN.fullmatch(str(self._folder)):
+            # Orbax takes brackets for a pattern and backslashes for slashes: it gets a link.
+            links = tempfile.mkdtemp(prefix="llama4_eqx-")
+            self._orbax_folder = Path(links, "run")
+            self._orbax_folder.symlink_to(self._folder, target_is_directory=True)
+            weakref.finalize(self, shutil.rmtree, links, ignore_errors=True)
         # Made by the first save, as it removes what a killed save left: restoring changes nothing.
         self._manager: Any = None
         self._saving: int | None = None
@@ -64,23 +82,24 @@ class TrainCheckpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, data: Checkpointable | None = None) -> None:
+    def save(self, step: int | Any, state: Any, data: Checkpointable | None = None) -> None:
         """Copies the arrays of `state` and writes them in the background.
 
         When it returns, the state may be donated and `data` may advance. It waits for the previous
-        save. Only JAX arrays are stored, not functions, Python numbers or NumPy arrays. A step must
-        be later than all saved ones.
+        save. Only JAX arrays are stored, not functions, Python numbers or NumPy arrays. A step is a
+        whole number from 0, later than all saved ones.
 
-        Raises an `OSError` if the previous save failed, such as for a full disk: older checkpoints
-        are unchanged, and the next save starts afresh.
+        Raises an `OSError` at once if the folder can't be written, and if the previous save failed,
+        such as for a full disk: older checkpoints are unchanged, and the next save starts afresh.
         """
+        step = _whole_number("step", step, at_least=0)
         self.wait()
-        arrays = {name: leaf for name, leaf in _named(state) if eqx.is_array(leaf)}
-        leaves = {name: _shape(leaf) for name, leaf in arrays.items()}
-        position = None if data is None else _encoded(data.get_state())
+        arrays = {name: leaf for name, leaf in named_leaves(state) if eqx.is_array(leaf)}
+        leaves = {name: dtype_and_shape(leaf) for name, leaf in arrays.items()}
+        position = None if data is None else encoded_position(data.get_state())
         run = {"leaves": leaves, "data": allgather_json(position)}
         # Orbax takes no empty arrays.
-        stored = {name: _raw(leaf) for name, leaf in arrays.items() if leaf.size}
+        stored = {name: stored_form(leaf) for name, leaf in arrays.items() if leaf.size}
         try:
             manager = self._open()
             newest = manager.latest_step()
@@ -94,6 +113,7 @@ class TrainCheckpointer:
             items = args.Composite(state=args.PyTreeSave(stored), run=args.JsonSave(run))
             manager.save(step, args=items, force=True)  # always, not as orbax sees fit
         except OSError as error:
+            self._abandon_manager()
             raise self._failed(step, error) from error
 
     def restore(self, like: T, data: Checkpointable | None = None) -> tuple[int, T] | None:
@@ -113,8 +133,10 @@ class TrainCheckpointer:
             0
         ]
         if step is None and damaged:
-            lines = "\n".join(f"- step {number}: {why}" for number, why in damaged)
-            raise CheckpointError(f"All checkpoints in {self._folder} are damaged:\n{lines}")
+            lines = [f"step {number}: {why}" for number, why in damaged]
+            raise CheckpointError(
+                f"All checkpoints in {self._folder} are damaged:\n{listed(lines)}"
+            )
         for number, why in damaged:
             warnings.warn(
                 f"The checkpoint of step {number} in {self._folder} is damaged: {why}. Step {step} "
@@ -125,10 +147,10 @@ class TrainCheckpointer:
         if step is None:
             return None
         run = json.loads((self._folder / str(step) / "run" / "metadata").read_text())
-        self._check(step, run, dict(_named(like)), data)
+        self._check(step, run, dict(named_leaves(like)), data)
         state = self._read(step, like)
         if data is not None:
-            data.set_state(_decoded(self._own_data(run)))
+            data.set_state(decoded_position(self._own_data(run)))
         return step, state
 
     def wait(self) -> None:
@@ -138,8 +160,7 @@ class TrainCheckpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # orbax raises whatever failed in the background
-            manager, self._manager = self._manager, None
-            manager.close()
+            self._abandon_manager()
             raise self._failed(self._saving, error) from error
 
     def close(self) -> None:
@@ -163,19 +184,33 @@ class TrainCheckpointer:
             ocp = self._orbax
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(self._max_to_keep),
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_checksums,
+                    # Else threads wait for minutes for a folder that couldn't be created.
+                    create_directories_asynchronously=False,
+                ),
                 cleanup_tmp_directories=True,
                 save_root_metadata=False,
                 lightweight_initialize=True,  # reads no step's metadata, which may be damaged
             )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(self._orbax_folder, options=options)
         return self._manager
 
+    def _abandon_manager(self) -> None:
+        """After a failure: closing the manager may fail of the same cause."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):
+                manager.close()
+
     def _failed(self, step: int | None, error: Exception) -> OSError:
-        return OSError(
-            f"Could not save step {step} in {self._folder}: {error}. Older checkpoints are as they "
-            "were; make room or choose another folder, and save again.",
+        reason = getattr(error, "strerror", None) or error
+        told = (
+            f"Could not save step {step} in {self._folder}: {reason}. Older checkpoints are as "
+            "they were; make room or choose another folder, and save again."
         )
+        number = getattr(error, "errno", None)
+        return OSError(told) if number is None else OSError(number, told)
 
     def _write_checksums(self) -> None:
         """Called by orbax, on one process, when everything else is written and before the step's
@@ -198,7 +233,7 @@ class TrainCheckpointer:
         self, step: int, run: Any, like: dict[str, Any], data: Checkpointable | None
     ) -> None:
         there = run["leaves"]
-        here = {name: _shape(leaf) for name, leaf in like.items() if _is_array(leaf)}
+        here = {name: dtype_and_shape(leaf) for name, leaf in like.items() if is_array(leaf)}
         problems = [
             f"{name} is {there.get(name, 'missing')} there, but {here.get(name, 'missing')} here"
             for name in here | there
@@ -209,10 +244,10 @@ class TrainCheckpointer:
         elif data is not None and self._own_data(run) is None:
             problems.append(f"it was saved by {len(run['data'])} processes, each with its own data")
         if problems:
-            lines = [f"- {problem}" for problem in problems[:20]]
-            lines += [f"- … and {len(problems) - 20} more"] * (len(problems) > 20)
-            where = f"The checkpoint of step {step} in {self._folder}"
-            raise CheckpointError("\n".join([f"{where} doesn't fit this run:", *lines]))
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self._folder} doesn't fit this run:\n"
+                + listed(problems)
+            )
 
     def _own_data(self, run: Any) -> Any:
         """This process's position in the data; None if other processes each had their own."""
@@ -224,20 +259,30 @@ class TrainCheckpointer:
     def _read(self, step: int, like: T) -> T:
         ocp = self._orbax
         how = {}
-        for name, leaf in _named(like):
-            if _is_array(leaf) and leaf.size:
+        for name, leaf in named_leaves(like):
+            if is_array(leaf) and leaf.size:
                 # Uncommitted arrays must stay so, to be combined with sharded ones.
                 free = leaf.sharding is None or not getattr(leaf, "committed", True)
                 array, numpy = ocp.ArrayRestoreArgs, ocp.RestoreArgs
                 how[name] = numpy(np.ndarray) if free else array(sharding=leaf.sharding)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             args = ocp.args.PyTreeRestore(dict.fromkeys(how, 0), restore_args=how)
-            values = reader.restore(self._folder / str(step) / "state", args=args)
+            values = reader.restore(self._orbax_folder / str(step) / "state", args=args)
         leaves = [
-            _restored(values.pop(name, None), leaf) if _is_array(leaf) else leaf
-            for name, leaf in _named(like)
+            restored(values.pop(name, None), leaf) if is_array(leaf) else leaf
+            for name, leaf in named_leaves(like)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _whole_number(name: str, value: Any, *, at_least: int) -> int:
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise ValueError(f"{name} must be a whole number from {at_least}, not {value!r}.")
+    return number
 
 
 def _orbax() -> Any:
@@ -255,55 +300,3 @@ def _orbax() -> Any:
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path), leaf
-
-
-def _is_array(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _shape(leaf: Any) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _raw(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _restored(value: Any, like: Any) -> jax.Array:
-    if value is None:  # an empty array, which isn't stored
-        return jnp.empty(like.shape, like.dtype, device=like.sharding)
-    if isinstance(value, np.ndarray):
-        # Weak types come from Python's numbers. They decide what a product with bfloat16 is.
-        weak = getattr(like, "weak_type", False) and value.ndim == 0
-        value = jnp.asarray(value.item()) if weak else jnp.array(value)
-    if not _is_key(like):
-        return value
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
-
-
-def _encoded(state: Any) -> dict[str, Any]:
-    if isinstance(state, bytes):
-        return {"base64": base64.b64encode(state).decode()}
-    try:
-        same = json.loads(json.dumps(state)) == state
-    except TypeError:
-        same = False
-    if not same:
-        raise TypeError(
-            "The data's state must be bytes, or what comes back from JSON as it was: numbers, "
-            f"strings, lists, and dicts with strings as keys. It is {state!r}."
-        )
-    return {"json": state}
-
-
-def _decoded(state: dict[str, Any]) -> Any:
-    return base64.b64decode(state["base64"]) if "base64" in state else state["json"]

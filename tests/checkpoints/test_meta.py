@@ -1,8 +1,11 @@
 """Meta's checkpoints, against Meta's own model: llama-models on torch, one process."""
 
+import base64
 import importlib
 import json
 import pickle
+import resource
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -14,6 +17,7 @@ import torch
 
 import llama4_eqx as l4
 from llama4_eqx.checkpoints import convert_meta_checkpoint
+from llama4_eqx.checkpoints import meta as checkpoints_meta
 from tests.toys import random_tokens, relative_error
 
 pytestmark = pytest.mark.slow
@@ -231,3 +235,117 @@ def test_errors(meta, tmp_path):
     with pytest.raises(FileExistsError, match="choose another folder"):
         convert_meta_checkpoint(uneven, tmp_path / "strange")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "poor", "strange", "uneven"]
+
+
+def text_state(meta):
+    return {n: t for n, t in meta.model.state_dict().items() if not n.startswith("vision")}
+
+
+@pytest.mark.parametrize("vocab_size", [128, -1, None])
+@pytest.mark.parametrize("released", [False, True])
+def test_half_of_the_files(vocab_size, released, meta, tmp_path):
+    """Whether or not params.json has the size of the vocabulary."""
+    state = text_state(meta)
+    state = released_names(state) if released else state
+    params = {k: v for k, v in PARAMS.items() if k != "vocab_size"}
+    params |= {} if vocab_size is None else {"vocab_size": vocab_size}
+    source = save(tmp_path / "meta", cut(meta, state, 2), params)
+    (source / "consolidated.01.pth").unlink()
+    with pytest.raises(l4.CheckpointError, match=r"has \d+ rows in the 1 .* but params.json asks"):
+        convert_meta_checkpoint(source, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(meta, tmp_path):
+    """Of a model whose attention isn't sharded, the tokenizer tells that files are missing."""
+    state = text_state(meta)
+    half = {
+        n: t[:64] if n in ("tok_embeddings.weight", "output.weight") else t
+        for n, t in state.items()
+    }
+    source = save(tmp_path / "meta", [half], PARAMS | {"vocab_size": -1})
+    ranks = (f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(100))
+    (source / "tokenizer.model").write_text("".join(ranks))
+    with pytest.raises(
+        l4.CheckpointError, match=r"has 64 rows .* but tokenizer\.model has 100 tok"
+    ):
+        convert_meta_checkpoint(source, tmp_path / "hf")
+    (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")  # another kind of file
+    assert convert_meta_checkpoint(source, tmp_path / "hf").text_config.vocab_size == 64
+
+
+@pytest.mark.parametrize(("gone", "named"), [(0, "00"), (1, "01"), (2, "02")])
+def test_a_gap_in_the_numbers(gone, named, meta, tmp_path):
+    source = save(tmp_path / "meta", [text_state(meta)] * 4, PARAMS)
+    (source / f"consolidated.0{gone}.pth").unlink()
+    with pytest.raises(l4.CheckpointError, match=rf"lacks consolidated\.{named}\.pth: fetch all"):
+        convert_meta_checkpoint(source, tmp_path / "hf")
+
+
+def test_a_full_disk_leaves_nothing(meta, tmp_path):
+    """Full is here the largest size that a file may have."""
+    source = save(tmp_path / "meta", [text_state(meta)], PARAMS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large\. Nothing was left there") as error:
+                convert_meta_checkpoint(source, tmp_path / "hf")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert error.value.errno == 27
+        assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def test_targets_that_exist(meta, tmp_path):
+    source = save(tmp_path / "meta", [text_state(meta)], PARAMS)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    for name in ("file", "folder", "link"):
+        with pytest.raises(FileExistsError, match="exists: choose another folder"):
+            convert_meta_checkpoint(source, tmp_path / name)
+    # One that appears meanwhile, and what a killed conversion left.
+    (tmp_path / ".hf-partial-0123abcd").mkdir()
+    write = checkpoints_meta._write
+
+    def write_late(*arguments):
+        write(*arguments)
+        (tmp_path / "hf").mkdir()
+
+    with (
+        mock.patch("llama4_eqx.checkpoints.meta._write", write_late),
+        pytest.raises(FileExistsError, match="exists: choose another folder"),
+    ):
+        convert_meta_checkpoint(source, tmp_path / "hf")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["file", "folder", "hf", "link", "meta"]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "[]",
+        "{",
+        '{"n_heads": "4"}',
+        '{"n_heads": 4}',
+        json.dumps(PARAMS | {"n_layers": "8"}),
+        "\xff",
+    ],
+)
+def test_params_of_wrong_types(params, meta, tmp_path):
+    source = save(tmp_path / "meta", [text_state(meta)], PARAMS)
+    (source / "params.json").write_bytes(params.encode("latin1"))
+    with pytest.raises(l4.CheckpointError, match=r"params\.json doesn't fit: "):
+        convert_meta_checkpoint(source, tmp_path / "hf")
+
+
+def test_files_that_hold_no_tensors_by_name(tmp_path):
+    for content in ([torch.zeros(1)], {"tok_embeddings.weight": 3}):
+        source = save(tmp_path / "meta", [], PARAMS)
+        torch.save(content, source / "consolidated.00.pth")
+        with pytest.raises(l4.CheckpointError, match=r"00\.pth doesn't hold tensors by name"):
+            convert_meta_checkpoint(source, tmp_path / "hf")
+        shutil.rmtree(source)
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        convert_meta_checkpoint(tmp_path / "nowhere", tmp_path / "hf")

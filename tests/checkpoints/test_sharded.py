@@ -101,7 +101,7 @@ def test_rules_that_do_not_fit(tmp_path):
         l4.load_checkpoint(tmp_path / "model", mesh=mesh)
     with pytest.raises(ValueError, match="A mesh and rules go together"):
         l4.load_checkpoint(tmp_path / "model", rules=FSDP)
-    with pytest.raises(ValueError, match="hidden is to lie along nowhere"):
+    with pytest.raises(ValueError, match="hidden is sharded along nowhere"):
         l4.load_checkpoint(tmp_path / "model", mesh=mesh, rules={"hidden": "nowhere"})
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model)
     with pytest.raises(ValueError, match="is float64, but must be one of float32, bfloat16, float"):
@@ -170,7 +170,7 @@ class Opened:
     def __exit__(self, *error): self.source.__exit__(*error)
     def get_slice(self, name): return Slice(self.source.get_slice(name))
 
-checkpoint_open, checkpoint.safe_open = checkpoint.safe_open, Opened
+checkpoint_open, hugging_face.safe_open = hugging_face.safe_open, Opened
 def load(devices):
     devices = np.array(jax.devices())[np.array(devices).reshape(2, 4)]
     mesh = jax.sharding.Mesh(devices, ("fsdp", "expert"))

@@ -1,5 +1,6 @@
 """Checkpoints of runs: exact, sharded, damaged, interrupted, and killed at any moment."""
 
+import gc
 import os
 import random
 import re
@@ -198,7 +199,7 @@ def test_data_of_other_processes(alike, tmp_path, monkeypatch):
 
     state, counter = {"x": jnp.ones(3)}, Counter()
     with monkeypatch.context() as patched, TrainCheckpointer(tmp_path) as checkpoints:
-        patched.setattr("llama4_eqx.checkpoints.training_run.gathered", of_two)
+        patched.setattr("llama4_eqx.checkpoints.training_run.allgather_json", of_two)
         checkpoints.save(1, state, Counter(b"here"))
     if alike:
         assert TrainCheckpointer(tmp_path).restore(state, counter)
@@ -398,11 +399,91 @@ def test_a_full_disk_loses_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # it is told once, as an exception
 
 
+@pytest.mark.parametrize(
+    "name", ["lr[1]", "a*b?", "back\\slash", "gs:", "wîth späce\n", "~", "%s#"]
+)
+def test_names_of_folders(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "links"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "links").mkdir()
+    for step in (1, 2):
+        with TrainCheckpointer(tmp_path / name, max_to_keep=1) as checkpoints:
+            checkpoints.save(step, toy_state(step))
+        assert same(
+            TrainCheckpointer(tmp_path / name).restore(toy_state()), (step, toy_state(step))
+        )
+        assert {path.name for path in (tmp_path / name).iterdir()} == {str(step)}
+    del checkpoints
+    gc.collect()
+    assert {path.name for path in tmp_path.iterdir()} == {name, "links"}
+    assert not list((tmp_path / "links").iterdir())
+
+
+def test_steps(tmp_path):
+    state = {"x": jnp.ones(3)}
+    with TrainCheckpointer(tmp_path, max_to_keep=9) as checkpoints:
+        for step in (True, np.True_, 1.0, np.float32(2), -1, np.int64(-3), "1", None, jnp.ones(2)):
+            with pytest.raises(ValueError, match="step must be a whole number from 0, not"):
+                checkpoints.save(step, state)
+        for step in (0, np.int64(1), np.uint8(2), jnp.int32(3), 2**40):
+            checkpoints.save(step, state)
+            checkpoints.wait()
+        assert (checkpoints.restore(state) or pytest.fail("nothing there"))[0] == 2**40
+    assert {int(path.name) for path in tmp_path.iterdir()} == {0, 1, 2, 3, 2**40}
+
+
+FAILED_SAVE = """
+import os, sys, time
+import jax.numpy as jnp
+from llama4_eqx.checkpoints import TrainCheckpointer
+kind, folder = sys.argv[1:]
+state = {"w": jnp.arange(1000.)}
+mkdir, opened = os.mkdir, open
+def fail(path, *arguments, **options):
+    if "2.orbax-checkpoint-tmp" in str(path) and str(path).endswith(kind):
+        raise OSError(30, "Read-only file system", str(path))
+    return mkdir(path, *arguments, **options)
+try:
+    with TrainCheckpointer(folder) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        os.mkdir = fail
+        started = time.monotonic()
+        checkpoints.save(2, state)
+except OSError as error:
+    assert error.errno == 30
+    assert time.monotonic() - started < 10
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["2.orbax-checkpoint-tmp", "state.orbax-checkpoint-tmp"])
+def test_a_folder_that_cannot_be_made_is_an_error_at_once(kind, tmp_path):
+    """And the process ends, which would wait 300 seconds for threads of orbax."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FAILED_SAVE, kind, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert re.match(
+        rf"\[Errno 30\] Could not save step 2 in {tmp_path}/run: Read-only file system\. Older",
+        run.stdout,
+    ), (run.stdout, run.stderr)
+    assert run.returncode == 0
+    assert steps_in(tmp_path / "run") == {"1"}
+
+
+def steps_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.isdecimal()}
+
+
 def test_poor_arguments(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file: give a folder"):
         TrainCheckpointer(tmp_path / "file")
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="max_to_keep must be a whole number from 1, not 0"):
         TrainCheckpointer(tmp_path, max_to_keep=0)
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"pip install 'llama4_eqx\[train\]'"):
@@ -455,11 +536,12 @@ def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "run"), port]
+    # Orbax gets a link to a folder of such a name, another one in each process.
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "run[1]"), port]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     runs = [subprocess.Popen([*command, index], env=environment) for index in "01"]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"2", "3"}
+    assert {path.name for path in (tmp_path / "run[1]").iterdir()} == {"2", "3"}
 
 
 class Trainer:

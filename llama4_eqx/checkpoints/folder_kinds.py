@@ -1,0 +1,103 @@
+"""Naming what isn't a Hugging Face checkpoint, by file names and first bytes."""
+
+import json
+import os
+from pathlib import Path
+
+from llama4_eqx.checkpoints.errors import CheckpointError
+from llama4_eqx.checkpoints.safetensors_io import INDEX, SINGLE, is_lfs_pointer
+
+
+def require_checkpoint(folder: Path) -> None:
+    """Raises one sentence that says what `folder` is if it can't be a checkpoint.
+
+    A `FileNotFoundError` if nothing is there or the folder is empty of weights, else a
+    `CheckpointError`. Reads no weights.
+    """
+    if not folder.exists():
+        if folder.is_symlink():
+            raise FileNotFoundError(
+                f"{folder} is a link to {os.readlink(folder)}, which is missing."
+            )
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is {_file_kind(folder)}: give the folder of a checkpoint.")
+    names = sorted(os.listdir(folder))
+    if "adapter_config.json" in names:
+        base = _field(folder / "adapter_config.json", "base_model_name_or_path")
+        base = f" of {base}" if isinstance(base, str) else ""
+        if SINGLE in names or INDEX in names:
+            raise CheckpointError(
+                f"{folder} holds both a model and an adapter{base} (adapter_config.json), which "
+                "transformers would add to it: move one of them to another folder."
+            )
+        raise CheckpointError(
+            f"{folder} holds an adapter{base}, not a model: merge it into its model "
+            "(`merge_and_unload` of peft) and load the result."
+        )
+    if "config.json" not in names:
+        raise FileNotFoundError(f"{folder} has no config.json: {_content(names)}.")
+    _require_target(folder / "config.json")
+    if is_lfs_pointer(folder / "config.json"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} is a Git LFS pointer, not the file: run `git lfs pull`."
+        )
+    if SINGLE not in names and INDEX not in names:
+        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}: {_content(names)}.")
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        _require_target(folder / (SINGLE if SINGLE in names else INDEX))
+
+
+def _require_target(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is a link to a file that is missing: finish the download.")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, but must be a file: fetch it again.")
+
+
+def _file_kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file, which isn't supported (use the bf16 release)"
+    if path.name.endswith(".safetensors"):
+        return "a single safetensors file, without the config.json that says how to read it"
+    if path.name.endswith((".bin", ".pth", ".pt")):
+        return "a pickled PyTorch file, which is never loaded"
+    return "a file"
+
+
+def _content(names: list[str]) -> str:
+    """What a folder without config or weights holds."""
+
+    def some(*endings: str) -> str | None:
+        return next((name for name in names if name.endswith(endings)), None)
+
+    if not names:
+        return "it is empty"
+    if file := some(".gguf"):
+        return f"it holds a GGUF file ({file}), which isn't supported; use the bf16 release"
+    if "params.json" in names and some(".pth"):
+        return "it holds Meta's own files, which `convert_meta_checkpoint` converts"
+    if file := some(".bin", ".bin.index.json", ".pth", ".pt"):
+        return (
+            f"it holds pickled weights ({file}), which are never loaded; save them as safetensors "
+            "with transformers' `save_pretrained`"
+        )
+    if file := some(".safetensors.incomplete", ".incomplete", ".part", ".tmp"):
+        return f"it holds an unfinished download ({file}); finish it"
+    if any(name.isdecimal() for name in names):
+        return "it holds numbered folders; for steps of a run use `TrainCheckpointer.restore`"
+    return f"it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+
+
+def _field(path: Path, name: str) -> object:
+    """A field of a JSON object; None for anything else, which is refused where it is read."""
+    try:
+        if path.stat().st_size > 2**24:
+            return None
+        return json.loads(path.read_bytes()).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None

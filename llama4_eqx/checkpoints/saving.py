@@ -1,0 +1,190 @@
+"""Saving a model as a Hugging Face checkpoint folder."""
+
+import dataclasses
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama4_eqx.checkpoints import generation_config
+from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.safetensors_io import (
+    INDEX,
+    SINGLE,
+    Entry,
+    create_file,
+    file_header,
+    parts,
+    write_part,
+)
+from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
+from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX
+from llama4_eqx.distributed.processes import allgather_json, run_on_all_processes
+from llama4_eqx.model import Llama4
+
+# Files of a checkpoint, which an overwrite replaces. Adapters and other weights stay.
+_OWN_FILE = re.compile(rf"config\.json|{re.escape(INDEX)}|model(-\d+-of-\d+)?\.safetensors")
+
+
+def save_checkpoint(
+    model: Llama4,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int | Any = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that `transformers` and `load_checkpoint` read.
+
+    The files are written to a hidden folder, which takes the place of `folder` when it is complete:
+    a full disk or a kill leaves what was there before. An existing checkpoint is replaced only with
+    `overwrite`; other files in the folder, such as a tokenizer, stay. The next save to the folder
+    removes the hidden folders of killed ones. A link to a folder stays a link.
+
+    The shards of a sharded model are written in parts, without gathering them. With several
+    processes, each must make the same call with a folder that all of them share; if one fails, all
+    raise.
+
+    Raises `FileExistsError` for an existing checkpoint, and an `OSError` if there is no room.
+    """
+    number = isinstance(max_shard_bytes, int | float | np.integer)
+    if not number or not max_shard_bytes >= 1:
+        raise ValueError(f"max_shard_bytes must be a positive number, not {max_shard_bytes!r}.")
+    folder = Path(os.path.realpath(folder))
+    files = _planned(model, int(max_shard_bytes))
+    first = jax.process_index() == 0
+    staging: Staging | None = None
+
+    def stage() -> None:
+        nonlocal staging
+        if first:
+            staging = Staging(folder)
+            _create(model, files, staging.path, folder)
+
+    def commit() -> None:
+        if staging is not None:
+            staging.commit(
+                check=lambda: _refuse(folder, overwrite), replaced=lambda: _own_files(folder)
+            )
+
+    try:
+        run_on_all_processes(lambda: _refuse(folder, overwrite))
+        run_on_all_processes(stage)
+        path = allgather_json(None if staging is None else str(staging.path))[0]
+        run_on_all_processes(lambda: _write(model, files, Path(path)))
+        run_on_all_processes(commit)
+    except OSError as error:
+        lost_race = isinstance(error, FileExistsError) and error.errno is None
+        if lost_race or (staging is not None and staging.committed):
+            raise
+        raise OSError(
+            error.errno,
+            f"Could not save the checkpoint to {folder}: {error.strerror or error}. What was there "
+            "before is unchanged; make room or choose another place, and save again.",
+        ) from error
+    finally:
+        if staging is not None:
+            staging.discard()
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file to be written: its header, its size, and the start of each tensor in it."""
+
+    name: str
+    header: bytes
+    size: int
+    starts: list[tuple[Tensor, int]]
+
+
+def _planned(model: Llama4, max_shard_bytes: int) -> list[_File]:
+    leaves = jax.tree.leaves(model)
+    text_prefix = "" if model.config.vision_config is None else TEXT_PREFIX
+    by_name = defaultdict(list)
+    for tensor in tensors(model, text_prefix=text_prefix):
+        by_name[tensor.name].append(tensor)
+    shards, room = [[]], max_shard_bytes
+    for name, halves in by_name.items():
+        dtype, *other = dict.fromkeys(leaves[tensor.leaf].dtype for tensor in halves)
+        if other:
+            raise ValueError(
+                f"{name} joins leaves of {dtype} and {other[0]}: cast the model to one dtype."
+            )
+        entry = Entry(name, halves[0].shape, dtype)
+        if shards[-1] and entry.size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((halves, entry))
+        room -= entry.size
+    files = []
+    for number, shard in enumerate(shards, start=1):
+        # The widest dtype first, so that all tensors are aligned.
+        shard.sort(key=lambda item: -item[1].dtype.itemsize)
+        header, starts = file_header([entry for _, entry in shard])
+        name = SINGLE
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        size = len(header) + sum(entry.size for _, entry in shard)
+        starts = [
+            (tensor, start)
+            for (halves, _), start in zip(shard, starts, strict=True)
+            for tensor in halves
+        ]
+        files.append(_File(name, header, size, starts))
+    return files
+
+
+def _refuse(folder: Path, overwrite: bool) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder.")
+    old = _own_files(folder)
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a checkpoint ({', '.join(old[:3])} …): choose another folder, "
+            "or pass overwrite=True to replace it."
+        )
+
+
+def _own_files(folder: Path) -> list[str]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if _OWN_FILE.fullmatch(name))
+
+
+def _create(model: Llama4, files: list[_File], folder: Path, old: Path) -> None:
+    """Creates the files, with room for the tensors. `old` is the folder to be replaced."""
+    for file in files:
+        create_file(folder / file.name, file.header, file.size)
+    if len(files) > 1:
+        weight_map = sorted((tensor.name, file.name) for file in files for tensor, _ in file.starts)
+        total = sum(file.size - len(file.header) for file in files)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+        _write_json(folder / INDEX, index)
+    config = model.config.to_hf() | {"torch_dtype": model.embed_tokens.dtype.name}
+    _write_json(folder / "config.json", config)
+    generation = generation_config.updated(old, model.config.text_config)
+    if generation is not None:
+        _write_json(folder / generation_config.FILE, generation)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(model: Llama4, files: list[_File], folder: Path) -> None:
+    """Writes this process's parts of the tensors."""
+    leaves = jax.tree.leaves(model)
+    for planned in files:
+        with (folder / planned.name).open("r+b") as file:
+            for tensor, start in planned.starts:
+                for index, part in parts(leaves[tensor.leaf], tensor.stack_index):
+                    last = slice(index[-1].start + tensor.offset, index[-1].stop + tensor.offset)
+                    write_part(file, start, tensor.shape_in_file, (*index[:-1], last), part)
+            file.flush()
+            os.fsync(file.fileno())
