@@ -44,7 +44,8 @@ def main() -> None:
     optimizer = optax.adamw(1e-2)
     step = make_train_step(optimizer, loss_function, clip_norm=1.0)
     state = init_train_state(model, optimizer, key=jax.random.key(3))
-    for _ in range(10):
+    state, metrics = step(state, tokens)
+    for _ in range(9):
         state, metrics = step(state, tokens)
     print(f"loss after ten steps {metrics.loss:.2f} nats, by chance {jnp.log(256):.2f}")
 

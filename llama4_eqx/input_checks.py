@@ -12,6 +12,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 LAST_POSITION = 2**31 - 2
@@ -129,4 +130,4 @@ def refuse_if(wrong: Bool[Array, ""], sentence: str) -> Int[Array, ""]:
 
 
 def _is_known(x: jax.Array) -> bool:
-    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    return not isinstance(x, Tracer) and x.is_fully_addressable

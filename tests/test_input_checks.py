@@ -156,7 +156,8 @@ def test_caches_out_of_range(model, capacity, start):
 
 def test_caches_of_other_models(model):
     tokens = random_tokens(1, 4)
-    other = l4.Llama4(l4.Llama4Config(replace(SMALL, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))), key=jax.random.key(0))
+    deeper = replace(SMALL, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
+    other = l4.Llama4(l4.Llama4Config(deeper), key=jax.random.key(0))
     wider = l4.Llama4(l4.Llama4Config(replace(SMALL, head_dim=8)), key=jax.random.key(0))
     for foreign in (other, wider):
         with pytest.raises(ValueError, match="made for another model"):
@@ -218,7 +219,8 @@ def test_images_under_vmap(seeing):
     truth = logits(seeing, tokens, pixel_values=tiles[:, 0])
     each = jax.jit(jax.vmap(lambda t, x: seeing(t, pixel_values=x).logits))
     assert relative_error(each(tokens, tiles), truth) < 1e-5
-    with pytest.raises((RuntimeError, ValueError), match="3 image tokens, but the images give 4 features"):
+    sentence = "3 image tokens, but the images give 4 features"
+    with pytest.raises((RuntimeError, ValueError), match=sentence):
         jax.block_until_ready(each(tokens.at[1, 1].set(9), tiles))
 
 

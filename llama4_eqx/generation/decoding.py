@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.generation.sampling import Greedy, Sampler
@@ -140,7 +141,7 @@ def _with_numbers(
 ) -> Int[Array, "*batch"]:
     """The tokens, or an error where they were chosen among logits that aren't numbers."""
     sentence = "The model's logits are NaN: its weights or its input are damaged."
-    if isinstance(all_numbers, jax.core.Tracer):
+    if isinstance(all_numbers, Tracer):
         return eqx.error_if(tokens, ~all_numbers, sentence)
     if not bool(all_numbers):
         raise ValueError(sentence)
