@@ -44,10 +44,10 @@ LOCAL_AXES = set(
 # Names that the field has another word for. In prose some of them are plain English.
 RETIRED = set(
     "across Across ALONE enter leave alike gathered own_key cut split dispatched SLACK chosen "
-    "EXPERT EXCHANGE Report average averaged_model selection_bias balance rebalanced _summed Keep keep "
-    "kept Places places in_order visible Filled Keys followed_by _keeps_to_itself born_sharded laid_out "
-    "spread on_mesh together programs tensor_files RunCheckpoints DataPosition hidden_states "
-    "choose_experts".split()
+    "EXPERT EXCHANGE Report average averaged_model selection_bias balance rebalanced _summed "
+    "Keep keep kept Places places in_order visible Filled Keys followed_by _keeps_to_itself "
+    "born_sharded laid_out spread on_mesh together programs tensor_files RunCheckpoints "
+    "DataPosition hidden_states choose_experts".split()
 )
 
 
