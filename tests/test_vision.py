@@ -11,6 +11,7 @@ import torch
 from transformers.models.llama4 import modeling_llama4 as theirs
 
 import llama4_eqx as l4
+from llama4_eqx.checkpoints.tensor_names import tensors
 from tests.toys import (
     IMAGE_TOKEN,
     MULTIMODAL,
@@ -229,7 +230,7 @@ def test_gradients_reach_every_vision_and_projector_leaf(pair):
     (torch.log_softmax(logits, -1).square().sum() / (40 * 256)).backward()
     truth = {name: p.grad for name, p in reference.named_parameters()}
     leaves = jax.tree.leaves(gradient)
-    vision = [t for t in l4.tensor_names.tensors(model) if not t.name.startswith("model.")]
+    vision = [t for t in tensors(model) if not t.name.startswith("model.")]
     vision = [t for t in vision if t.name != "lm_head.weight"]
     assert len(vision) == 10 + 16 * VISION.num_hidden_layers
     for tensor in vision:
