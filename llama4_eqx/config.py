@@ -212,7 +212,7 @@ class TextConfig:
         if not parts.identified:
             raise hf_config.unidentified(parts.text)
         config_checks.refuse_unknown(_without(cls, fields), "text_config")
-        # transformers reads no copies of these fields beside text_config, so they must be alike.
+        # transformers reads no copies of these fields beside text_config, so they must be equal.
         copies = hf_config.text_fields(parts.top, {})
         config_checks.refuse_unknown(_without(cls, copies), "config.json")
         repeated = cls._from_fields(fields | copies)

@@ -37,7 +37,7 @@ class TemperatureTuning(eqx.Module):
         q: Float[Array, "*batch seq heads head_dim"],
         positions: Int[Array, "*batch seq"],
     ) -> Float[Array, "*batch seq heads head_dim"]:
-        # Whole steps are counted in integers: no float rounds a long position across a step.
+        # Whole steps are counted in integers: no float rounds a long position up to the next step.
         steps = ((positions + 1) // self.floor_scale).astype(jnp.float32)
         scale = 1 + self.attn_scale * jnp.log1p(steps)
         return (q.astype(jnp.float32) * scale[..., None, None]).astype(q.dtype)

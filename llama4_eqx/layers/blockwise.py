@@ -17,7 +17,7 @@ from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.mask import TokenPositions, attention_mask
 from llama4_eqx.layers.remat import save_residual
 
-# The fastest on CPUs, for causal and chunk-local layers alike: larger blocks fall out of the cache
+# The fastest on CPUs, for causal and for chunk-local layers: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
 BLOCK = 256
 

@@ -157,7 +157,7 @@ def _content(turn: Message) -> list[str]:
 
 
 def _stripped(content: list[str]) -> list[str]:
-    """Without white space at the outer ends, across parts."""
+    """Without white space at the ends of the whole content."""
     runs = itertools.groupby(content, lambda piece: isinstance(piece, _Control))
     merged = [piece for control, run in runs for piece in (run if control else ["".join(run)])]
     if merged and not isinstance(merged[0], _Control):

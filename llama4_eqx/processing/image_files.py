@@ -178,7 +178,7 @@ def _from_array(array: np.ndarray) -> "PIL.Image.Image":
     return pillow().Image.fromarray(np.ascontiguousarray(array))
 
 
-def pillow():
+def pillow() -> Any:
     """The package `PIL`, with what is used of it."""
     try:
         import PIL
