@@ -42,7 +42,7 @@ class MeshAxes:
         """The shards of all devices along the mesh axes, concatenated along `axis`.
 
         Along mesh axes that shard the tokens, each device uses the result for its own tokens, so
-        the gradient is reduce-scattered; not if the result is `shared`, used in the same way by all.
+        the gradient is reduce-scattered; not if the result is `shared`, used equally by all.
         """
         for name in reversed(axis_names):
             to = "varying" if name in self.tokens and not shared else "invarying"
