@@ -1,6 +1,7 @@
 """The stack of decoder layers: a repeating cycle, stacked and scanned, and the layers left over."""
 
 from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -17,8 +18,10 @@ from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.mlp import MLP, FeedForward
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
+from llama4_eqx.layers.probe import LayerNumber
 from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import RotaryEmbedding
+from llama4_eqx.layers.sites import Readings, concatenated, in_layer_order
 
 
 class DecoderLayer(eqx.Module):
@@ -29,6 +32,13 @@ class DecoderLayer(eqx.Module):
     self_attn: Attention
     post_attention_layernorm: RMSNorm
     feed_forward: FeedForward
+    stream_sites: ClassVar[dict[str, str]] = {
+        "resid_pre": "*batch seq hidden",
+        "attn_out": "*batch seq hidden",
+        "resid_mid": "*batch seq hidden",
+        "ff_out": "*batch seq hidden",
+        "resid_post": "*batch seq hidden",
+    }
 
     def __init__(
         self, config: TextConfig, layer_id: int, *, dtype: DTypeLike, key: PRNGKeyArray
@@ -73,6 +83,11 @@ class DecoderLayer(eqx.Module):
                 key=feed_forward_key,
             )
 
+    @property
+    def sites(self) -> dict[str, str]:
+        """The sites that this layer shows to a probe, and their axes."""
+        return self.stream_sites | self.self_attn.sites | self.feed_forward.sites
+
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
@@ -86,27 +101,28 @@ class DecoderLayer(eqx.Module):
         Float[Array, "*batch seq experts"] | None,
     ]:
         """The layer's output, its cache, and its router's logits (None for a dense layer)."""
+        sites = context.execution.sites
+        x = sites("resid_pre", x)
         attended, cache = self.self_attn(self.input_layernorm(x), context, cache, key=key)
-        x = x + attended
+        x = sites("resid_mid", x + sites("attn_out", attended))
         out, router_logits = self.feed_forward(
-            self.post_attention_layernorm(x), mesh_axes=context.mesh_axes
+            self.post_attention_layernorm(x), execution=context.execution
         )
-        return x + out, cache, router_logits
+        return sites("resid_post", x + sites("ff_out", out)), cache, router_logits
 
 
 class DecoderBlock(eqx.Module):
-    """One cycle of the layer pattern: the unit that `Decoder` stacks and scans."""
+    """Successive layers: a cycle of them whose leaves are stacked along a leading `layers` axis and
+    run by `lax.scan`, so that compile time doesn't grow with depth; or, if `repeats` is None, plain
+    layers run once."""
 
     layers: tuple[DecoderLayer, ...]
+    repeats: int | None = eqx.field(static=True, default=None)
 
-    def __init__(
-        self, config: TextConfig, layer_ids: range, *, dtype: DTypeLike, key: PRNGKeyArray
-    ) -> None:
-        keys = jax.random.split(key, len(layer_ids))
-        self.layers = tuple(
-            DecoderLayer(config, layer_id, dtype=dtype, key=layer_key)
-            for layer_id, layer_key in zip(layer_ids, keys, strict=True)
-        )
+    @property
+    def depth(self) -> int:
+        """The number of layers, with all repeats."""
+        return len(self.layers) * (1 if self.repeats is None else self.repeats)
 
     def __call__(
         self,
@@ -114,42 +130,80 @@ class DecoderBlock(eqx.Module):
         context: Context,
         caches: tuple[LayerCache, ...] | None = None,
         *,
+        first_layer: int = 0,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
-    ) -> tuple[
-        Float[Array, "*batch seq hidden"],
-        tuple[LayerCache, ...] | None,
-        tuple[Float[Array, "*batch seq experts"], ...],
-    ]:
-        """The last layer's output, each layer's cache, and each MoE layer's router logits."""
-        keys = [None] * len(self.layers) if key is None else jax.random.split(key, len(self.layers))
-        router_logits, new_caches = [], []
+    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[LayerCache, ...] | None, Readings]:
+        """The last layer's output, each layer's cache, and what is read of the layers, the router's
+        logits always. `first_layer` is the number of the block's first layer."""
+        if self.repeats is None:
+            x, caches, cycle = self._run_cycle(
+                self.layers, x, context, caches, first_layer=first_layer, remat=remat, key=key
+            )
+            return x, caches, in_layer_order(jax.tree.map(lambda value: value[None], cycle))
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+        keys = None if key is None else jax.random.split(key, self.repeats)
+        probe = context.execution.sites.probe
+
+        # Caches are carried, and so updated in place; as outputs of the scan they'd be copied.
+        def step(carry, repeat):
+            (x, caches), (i, arrays, key) = carry, repeat
+            x, new, cycle = self._run_cycle(
+                eqx.combine(arrays, static),
+                x,
+                context,
+                jax.tree.map(lambda all: all[i], caches),
+                first_layer=first_layer + i * len(self.layers) if probe.edit else 0,
+                remat=remat,
+                key=key,
+            )
+            return (x, jax.tree.map(lambda all, one: all.at[i].set(one), caches, new)), cycle
+
+        repeats = jnp.arange(self.repeats), arrays, keys
+        (x, caches), cycle = lax.scan(step, (x, caches), repeats)
+        return x, caches, in_layer_order(cycle)
+
+    def _run_cycle(
+        self,
+        layers: tuple[DecoderLayer, ...],
+        x: Float[Array, "*batch seq hidden"],
+        context: Context,
+        caches: tuple[LayerCache, ...] | None,
+        *,
+        first_layer: LayerNumber,
+        remat: RematPolicy,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[LayerCache, ...] | None, list[Readings]]:
+        keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
+        mesh_axes = context.execution.mesh_axes
+        new_caches, readings = [], []
 
         @partial(rematerialise, policy=remat)
-        def run(layer, x, cache, key):
-            layer = merged(context.mesh_axes.gather_params(layer))
-            return layer(x, context, cache, key=key)
+        def run(layer, x, cache, key, i):
+            layer = merged(mesh_axes.gather_params(layer))
+            sites = context.execution.sites.of_layer(first_layer + i, layer.sites, mesh_axes)
+            x, cache, router_logits = layer(x, context.with_sites(sites), cache, key=key)
+            if router_logits is not None:
+                sites.readings["router_logits"] = router_logits
+            return x, cache, sites.readings
 
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             cache = None if caches is None else caches[i]
-            x, cache, logits = run(layer, x, cache, keys[i])
+            x, cache, read = run(layer, x, cache, keys[i], i)
             new_caches.append(cache)
-            if logits is not None:
-                router_logits.append(logits)
-        return x, None if caches is None else tuple(new_caches), tuple(router_logits)
+            readings.append(read)
+        return x, None if caches is None else tuple(new_caches), readings
 
 
 class Decoder(eqx.Module):
     """All layers and the final norm.
 
-    `blocks` holds the repeats of the smallest cycle of the layer pattern: one `DecoderBlock` whose
-    leaves are stacked along a leading `layers` axis and run by `lax.scan`, so that compile time
-    doesn't grow with depth. `tail` holds the layers that don't fill a cycle, unrolled: all of an
-    irregular pattern, or of an `unstacked` decoder.
+    The layers are blocks, run one after another. A new decoder has one that repeats the smallest
+    cycle of the layer pattern, stacked and scanned, and one of the layers that don't fill a cycle:
+    all of an irregular pattern.
     """
 
-    blocks: DecoderBlock | None
-    tail: DecoderBlock
+    blocks: tuple[DecoderBlock, ...]
     norm: RMSNorm
     rope: RotaryEmbedding
 
@@ -157,13 +211,24 @@ class Decoder(eqx.Module):
         blocks_key, tail_key = jax.random.split(key)
         layers, cycle = config.num_hidden_layers, layer_cycle(config)
         repeats = layers // cycle
-        self.blocks = None
+
+        def make(layer_ids: range, key: PRNGKeyArray) -> tuple[DecoderLayer, ...]:
+            return tuple(
+                DecoderLayer(config, layer_id, dtype=dtype, key=layer_key)
+                for layer_id, layer_key in zip(
+                    layer_ids, jax.random.split(key, len(layer_ids)), strict=True
+                )
+            )
+
+        blocks = []
         if repeats > 1:
-            self.blocks = eqx.filter_vmap(
-                lambda key: DecoderBlock(config, range(cycle), dtype=dtype, key=key)
-            )(jax.random.split(blocks_key, repeats))
+            keys = jax.random.split(blocks_key, repeats)
+            stacked = eqx.filter_vmap(lambda key: make(range(cycle), key))(keys)
+            blocks.append(DecoderBlock(stacked, repeats))
         tail = range(repeats * cycle if repeats > 1 else 0, layers)
-        self.tail = DecoderBlock(config, tail, dtype=dtype, key=tail_key)
+        if tail:
+            blocks.append(DecoderBlock(make(tail, tail_key)))
+        self.blocks = tuple(blocks)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         scaling = config.rope_scaling
         self.rope = RotaryEmbedding(config.head_dim, config.rope_theta)
@@ -185,83 +250,59 @@ class Decoder(eqx.Module):
         *,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
-    ) -> tuple[
-        Float[Array, "*batch seq hidden"],
-        KVCache | None,
-        Float[Array, "layers *batch seq experts"],
-    ]:
-        """The normed hidden states, the cache, and the router's logits of each MoE layer."""
-        blocks_key, tail_key = (None, None) if key is None else jax.random.split(key)
-        caches = None if cache is None else cache.blocks
-        router_logits = []
-        if self.blocks is not None:
-            arrays, static = eqx.partition(self.blocks, eqx.is_array)
-            repeats = self.depth_of_stack
-            keys = None if blocks_key is None else jax.random.split(blocks_key, repeats)
-
-            # Caches are carried, and so updated in place; as outputs of the scan they'd be copied.
-            def step(carry, repeat):
-                (x, caches), (i, arrays, key) = carry, repeat
-                block = eqx.combine(arrays, static)
-                old = jax.tree.map(lambda all: all[i], caches)
-                x, new, logits = block(x, context, old, remat=remat, key=key)
-                return (x, jax.tree.map(lambda all, one: all.at[i].set(one), caches, new)), logits
-
-            (x, caches), stacked_logits = lax.scan(
-                step, (x, caches), (jnp.arange(repeats), arrays, keys)
-            )
-            if stacked_logits:
-                by_layer = jnp.stack(stacked_logits, axis=1)
-                router_logits.append(lax.collapse(by_layer, 0, 2))
-        tail_caches = None if cache is None else cache.tail
-        x, tail_caches, tail_logits = self.tail(x, context, tail_caches, remat=remat, key=tail_key)
-        if tail_logits:
-            router_logits.append(jnp.stack(tail_logits))
+    ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
+        """The normed hidden states, the cache, and what is read of the layers, each with a leading
+        axis of layers: the router's logits of each MoE layer always, and a probe's sites."""
+        keys = [None] * len(self.blocks) if key is None else jax.random.split(key, len(self.blocks))
+        caches, readings, first_layer = [], [], 0
+        for i, block in enumerate(self.blocks):
+            old = None if cache is None else cache.blocks[i]
+            x, new, read = block(x, context, old, first_layer=first_layer, remat=remat, key=keys[i])
+            caches.append(new)
+            readings.append(read)
+            first_layer += block.depth
         if cache is not None:
-            cache = eqx.tree_at(lambda c: (c.blocks, c.tail), cache, (caches, tail_caches))
-        if router_logits:
-            all_logits = jnp.concatenate(router_logits)
-        else:
-            all_logits = jnp.zeros((0, *x.shape[:-1], 0), x.dtype)
-        return context.mesh_axes.gather_params(self.norm)(x), cache, all_logits
+            cache = eqx.tree_at(lambda c: c.blocks, cache, tuple(caches))
+        no_router = {"router_logits": jnp.zeros((0, *x.shape[:-1], 0), x.dtype)}
+        x = context.execution.mesh_axes.gather_params(self.norm)(x)
+        return x, cache, no_router | concatenated(readings)
 
-    @property
-    def depth_of_stack(self) -> int:
-        """How many times the cycle in `blocks` repeats."""
-        return 0 if self.blocks is None else jax.tree.leaves(self.blocks)[0].shape[0]
-
-    def unstacked_layers(self) -> list[DecoderLayer]:
+    def layers(self) -> list[DecoderLayer]:
         """All layers in order, each with arrays of its own."""
-        repeats = [
-            jax.tree.map(lambda leaf, i=i: leaf[i], self.blocks) for i in range(self.depth_of_stack)
-        ]
-        return [layer for block in (*repeats, self.tail) for layer in block.layers]
+        found = []
+        for block in self.blocks:
+            for i in range(block.repeats or 1):
+                each = block.layers
+                if block.repeats is not None:
+                    each = jax.tree.map(lambda leaf, i=i: leaf[i], each)
+                found.extend(each)
+        return found
+
+    def sites(self) -> dict[str, str]:
+        """The sites that some layer shows to a probe, and their axes."""
+        layers = [layer for block in self.blocks for layer in block.layers]
+        return {site: words for layer in layers for site, words in layer.sites.items()}
 
     def unstacked(self) -> "Decoder":
-        """The same decoder with every layer in `tail`.
+        """The same decoder with each layer's weights as separate arrays.
 
         Compile time grows with depth, but on a CPU decoding is much faster, since a scan copies
         each layer's weights before it uses them.
         """
-        layers = tuple(self.unstacked_layers())
-        tail = eqx.tree_at(lambda block: block.layers, self.tail, layers)
-        return eqx.tree_at(
-            lambda d: (d.blocks, d.tail), self, (None, tail), is_leaf=lambda leaf: leaf is None
-        )
+        block = DecoderBlock(tuple(self.layers()))
+        return eqx.tree_at(lambda decoder: decoder.blocks, self, (block,))
 
     def empty_cache(
         self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0
     ) -> KVCache:
         """See `Llama4.empty_cache`."""
 
-        repeats = self.depth_of_stack
-        blocks = () if self.blocks is None else self.blocks.layers
-        stacked_shape = (repeats, *batch_shape)
+        def of_block(block: DecoderBlock) -> tuple[LayerCache, ...]:
+            shape = batch_shape if block.repeats is None else (block.repeats, *batch_shape)
+            return tuple(layer.self_attn.empty_cache(shape, capacity) for layer in block.layers)
+
         return KVCache(
-            blocks=tuple(layer.self_attn.empty_cache(stacked_shape, capacity) for layer in blocks),
-            tail=tuple(
-                layer.self_attn.empty_cache(batch_shape, capacity) for layer in self.tail.layers
-            ),
+            blocks=tuple(of_block(block) for block in self.blocks),
             start=jnp.full(batch_shape, start, jnp.int32),
             length=jnp.zeros(batch_shape, jnp.int32),
             capacity=capacity,

@@ -21,23 +21,30 @@ from llama4_eqx.input_checks import (
     token_ids,
 )
 from llama4_eqx.layers.cache import CacheSpan, KVCache
-from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.context import Context, Execution
 from llama4_eqx.layers.mask import TokenPositions, token_positions
+from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.remat import RematPolicy
+from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.parallel import Parallel, SingleDevice
 from llama4_eqx.projector import MultiModalProjector
 from llama4_eqx.vision import VisionModel
 
 
 class Output(eqx.Module):
-    """What a forward call returns; always all five. Under `jit`, what you don't use isn't computed:
-    take `hidden` alone and there is no product with the vocabulary."""
+    """What a forward call returns; always all six. Under `jit`, what you don't use isn't computed:
+    take `hidden` alone and there is no product with the vocabulary.
+
+    `readings` has what a probe read, by site: with a leading axis of the layers that have it, in
+    order, if it is a site of layers.
+    """
 
     logits: Float[Array, "*batch seq vocab"]
     hidden: Float[Array, "*batch seq hidden"]
     cache: KVCache | None
     router_logits: Float[Array, "layers *batch seq experts"]
     token_positions: TokenPositions
+    readings: Readings = eqx.field(default_factory=dict)
 
 
 class Llama4(eqx.Module):
@@ -90,6 +97,7 @@ class Llama4(eqx.Module):
         pixel_values: Float[Array, "tiles channels height width"] | None = None,
         image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
+        probe: Probe | None = None,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Output:
@@ -101,7 +109,8 @@ class Llama4(eqx.Module):
         token; without `segment_ids`, a position that doesn't rise begins a new document.
         `pixel_values` are the tiles of all rows' images in reading order;
         `image_embeddings`, as `encode_images` returns them, can be passed instead. With a `cache`,
-        the tokens continue what it holds. With a `key`, dropout is on. `remat` says what of each
+        the tokens continue what it holds. A `probe` reads and changes what is computed inside.
+        With a `key`, dropout is on. `remat` says what of each
         layer the backward pass recomputes: all but its matrix products (`"dots"`), everything
         (`"full"`), or nothing (`"none"`).
 
@@ -130,22 +139,41 @@ class Llama4(eqx.Module):
                 )
             self._check_cache(cache)
             placed, span, cache = _continue(cache, tokens.shape, mask)
+        available = self.sites(images=pixel_values is not None)
+        if probe is not None:
+            probe.check_sites(available)
+        sites = Sites(probe, available)
         image_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         embedded = self.parallel.embed(self.embed_tokens, tokens)
         if pixel_values is not None:
             if image_embeddings is not None:
                 raise ValueError("Pass pixel_values or image_embeddings, not both.")
-            image_embeddings = encode_images(self, pixel_values, remat=remat, key=image_key)
+            image_embeddings = encode_images(
+                self, pixel_values, sites=sites, remat=remat, key=image_key
+            )
         is_image = tokens == self.config.image_token_index
         if image_embeddings is not None:
             embedded = _place_images(embedded, is_image, image_embeddings)
         elif self.vision_model is not None and tokens.shape[-1] > 1:  # a single one may be drawn
             embedded += check_image_tokens(jnp.sum(is_image), 0).astype(embedded.dtype)
-        context = Context(placed, self.decoder.rope(placed.positions), span)
-        hidden, cache, router_logits = self.parallel.decode(
+        embedded = sites("embedding", embedded)
+        rotation = self.decoder.rope(placed.positions)
+        context = Context(placed, rotation, span, Execution(sites=sites))
+        hidden, cache, readings = self.parallel.decode(
             self.decoder, embedded, context, cache, remat=remat, key=decoder_key
         )
-        return Output(self.unembed(hidden), hidden, cache, router_logits, placed)
+        hidden, router_logits = sites("final_norm", hidden), readings["router_logits"]
+        if "router_logits" not in sites.probe.read:
+            del readings["router_logits"]
+        readings |= sites.readings
+        return Output(self.unembed(hidden), hidden, cache, router_logits, placed, readings)
+
+    def sites(self, *, images: bool = True) -> dict[str, str]:
+        """The sites that a probe can read and edit, and the axes of their values; those of the
+        vision encoder only if there are `images`."""
+        ends = {"embedding": "*batch seq hidden", "final_norm": "*batch seq hidden"}
+        vision = self.vision_model.sites if images and self.vision_model is not None else {}
+        return ends | self.decoder.sites() | vision
 
     @property
     def head(self) -> Float[Array, "vocab hidden"]:
@@ -192,15 +220,21 @@ def encode_images(
     model: Llama4,
     pixel_values: Float[Array, "tiles channels height width"],
     *,
+    sites: Sites = NO_SITES,
     remat: RematPolicy = "dots",
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "tiles image_tokens hidden"]:
-    """The embeddings that replace each tile's image tokens."""
+    """The embeddings that replace each tile's image tokens. `sites` show a probe the encoder."""
     if model.vision_model is None or model.multi_modal_projector is None:
         raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
     check_pixels(pixel_values)
     return model.parallel.encode_images(
-        model.vision_model, model.multi_modal_projector, pixel_values, remat=remat, key=key
+        model.vision_model,
+        model.multi_modal_projector,
+        pixel_values,
+        sites=sites,
+        remat=remat,
+        key=key,
     )
 
 
@@ -235,5 +269,5 @@ def _continue(
         f"The cache holds {cache.capacity} tokens of a row, and a row would need more: make it "
         "larger with model.empty_cache(batch_shape, capacity).",
     )
-    span = CacheSpan(cache.start, old_end, cache.start + length)
+    span = CacheSpan(cache.start, old_end, cache.start + length, cache.capacity)
     return placed, span, eqx.tree_at(lambda c: c.length, cache, length)

@@ -15,6 +15,7 @@ from llama4_eqx.layers.collectives import AxisNames
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.remat import RematPolicy
+from llama4_eqx.layers.sites import Readings, Sites
 from llama4_eqx.projector import MultiModalProjector
 from llama4_eqx.vision import VisionModel
 
@@ -56,11 +57,7 @@ class Parallel(eqx.Module):
         *,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
-    ) -> tuple[
-        Float[Array, "*batch seq hidden"],
-        KVCache | None,
-        Float[Array, "layers *batch seq experts"],
-    ]:
+    ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         """`decoder(x, context, cache, …)`."""
 
     @abstractmethod
@@ -87,6 +84,7 @@ class Parallel(eqx.Module):
         projector: MultiModalProjector,
         pixel_values: Float[Array, "tiles channels height width"],
         *,
+        sites: Sites,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "tiles image_tokens hidden"]:
@@ -110,11 +108,7 @@ class SingleDevice(Parallel):
         *,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
-    ) -> tuple[
-        Float[Array, "*batch seq hidden"],
-        KVCache | None,
-        Float[Array, "layers *batch seq experts"],
-    ]:
+    ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         return decoder(x, context, cache, remat=remat, key=key)
 
     def unembed(
@@ -138,7 +132,8 @@ class SingleDevice(Parallel):
         projector: MultiModalProjector,
         pixel_values: Float[Array, "tiles channels height width"],
         *,
+        sites: Sites,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "tiles image_tokens hidden"]:
-        return projector(vision_model(pixel_values, remat=remat, key=key))
+        return projector(vision_model(pixel_values, sites=sites, remat=remat, key=key))

@@ -1,6 +1,7 @@
 """The vision encoder: a tile's pixels in, features of its image tokens out."""
 
 from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.norm import LayerNorm
 from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import Rotation
+from llama4_eqx.layers.sites import NO_SITES, Sites
 from llama4_eqx.layers.vision_attention import VisionAttention, rotation_2d
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
 
@@ -115,10 +117,11 @@ class VisionEncoderLayer(eqx.Module):
         x: Float[Array, "*batch patches vision_hidden"],
         rotation: Rotation,
         *,
+        sites: Sites = NO_SITES,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, key=key)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rotation, sites=sites, key=key)
+        return sites("vision_resid_post", x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class VisionEncoder(eqx.Module):
@@ -137,22 +140,29 @@ class VisionEncoder(eqx.Module):
         x: Float[Array, "*batch patches vision_hidden"],
         rotation: Rotation,
         *,
+        sites: Sites = NO_SITES,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
+        """The last layer's output. `sites` gets what is read of the layers."""
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
         depth = jax.tree.leaves(arrays)[0].shape[0]
         keys = None if key is None else jax.random.split(key, depth)
 
         @partial(rematerialise, policy=remat)
-        def run(layer, x, key):
-            return merged(layer)(x, rotation, key=key)
+        def run(layer, x, key, number):
+            of_layer = sites.of_layer(number)
+            x = merged(layer)(x, rotation, sites=of_layer, key=key)
+            return x, of_layer.readings
 
         def step(x, layer):
-            arrays, key = layer
-            return run(eqx.combine(arrays, static), x, key), None
+            arrays, key, number = layer
+            return run(eqx.combine(arrays, static), x, key, number)
 
-        return lax.scan(step, x, (arrays, keys))[0]
+        numbers = jnp.arange(depth) if sites.probe.edit else None
+        x, readings = lax.scan(step, x, (arrays, keys, numbers))
+        sites.readings.update(readings)
+        return x
 
 
 class VisionModel(eqx.Module):
@@ -167,6 +177,12 @@ class VisionModel(eqx.Module):
     layernorm_post: LayerNorm
     vision_adapter: PixelShuffleMLP
     rope_theta: float = eqx.field(static=True)
+    sites: ClassVar[dict[str, str]] = {
+        "vision_resid_post": "*batch patches vision_hidden",
+        "vision_pattern": "*batch heads patches patches",
+        "vision_features": "*batch patches vision_hidden",
+        "adapter_out": "*batch image_tokens vision_out",
+    }
 
     def __init__(
         self, config: VisionConfig, *, dtype: DTypeLike = jnp.float32, key: PRNGKeyArray
@@ -204,6 +220,7 @@ class VisionModel(eqx.Module):
         self,
         pixel_values: Float[Array, "*batch channels height width"],
         *,
+        sites: Sites = NO_SITES,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch image_tokens vision_out"]:
@@ -226,6 +243,6 @@ class VisionModel(eqx.Module):
         x = jnp.concatenate([x, class_token], axis=-2) + self.positional_embedding_vlm
         heads_dim = self.model.blocks.self_attn.q_proj.shape[-2]
         rotation = rotation_2d(rows, columns, heads_dim, self.rope_theta)
-        x = self.model(self.layernorm_pre(x), rotation, remat=remat, key=encoder_key)
-        features = self.layernorm_post(x)[..., :-1, :]
-        return self.vision_adapter(features, rows=rows, key=adapter_key)
+        x = self.model(self.layernorm_pre(x), rotation, sites=sites, remat=remat, key=encoder_key)
+        features = sites("vision_features", self.layernorm_post(x)[..., :-1, :])
+        return sites("adapter_out", self.vision_adapter(features, rows=rows, key=adapter_key))

@@ -95,13 +95,13 @@ def test_a_subclass_is_sharded_like_its_base():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     model = l4.Llama4(l4.Llama4Config(replace(SCOUT, moe_layers=())), key=jax.random.key(0))
     module = Gated(64, 128, init_std=0.1, dtype=jnp.float32, key=jax.random.key(1))
-    model = eqx.tree_at(lambda m: m.decoder.tail.layers, model.unstacked(), ())
-    model = eqx.tree_at(lambda m: m.decoder.tail.layers, model, (module,))
+    model = eqx.tree_at(lambda m: m.decoder.blocks[0].layers, model.unstacked(), ())
+    model = eqx.tree_at(lambda m: m.decoder.blocks[0].layers, model, (module,))
     rules = Rules(ff="x")
-    places = shardings(model, mesh, rules).decoder.tail.layers[0]
+    places = shardings(model, mesh, rules).decoder.blocks[0].layers[0]
     assert places.gate_proj.spec == PartitionSpec(("x",), None)
     assert places.scale.spec == PartitionSpec(("x",))
-    placed = shard(model, mesh, rules).decoder.tail.layers[0]
+    placed = shard(model, mesh, rules).decoder.blocks[0].layers[0]
     assert placed.down_proj.sharding == places.down_proj
 
 
@@ -124,14 +124,14 @@ def test_matrices_are_the_checkpoints():
 def test_what_optimisers_are_told():
     model = l4.Llama4(MULTIMODAL, key=jax.random.key(0))
     decayed, muon = decay_mask(model), muon_dimensions(model)
-    layer = decayed.decoder.blocks.layers[0]
+    layer = decayed.decoder.blocks[0].layers[0]
     assert layer.self_attn.q_proj
     assert layer.feed_forward.router
     assert not layer.input_layernorm.weight
     assert not decayed.vision_model.class_embedding
     assert not decayed.vision_model.model.blocks.self_attn.q_bias
     assert muon.embed_tokens is muon.lm_head is None
-    layer = muon.decoder.blocks.layers[0]
+    layer = muon.decoder.blocks[0].layers[0]
     assert layer.feed_forward.router is layer.input_layernorm.weight is None
     assert layer.self_attn.q_proj == optax.contrib.MuonDimensionNumbers((1, 2), (3,))
     assert layer.feed_forward.experts.up_proj == optax.contrib.MuonDimensionNumbers((2,), (3,))

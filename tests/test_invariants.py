@@ -108,7 +108,7 @@ def test_packed_equals_apart(model):
 
 def test_scanned_equals_unrolled(model):
     unrolled = model.unstacked()
-    assert unrolled.decoder.blocks is None
+    assert unrolled.decoder.blocks[0].repeats is None
     tokens = random_tokens(2, 40)
     scanned_output, unrolled_output = eqx.filter_jit(model)(tokens), unrolled(tokens)
     assert relative_error(unrolled_output.logits, scanned_output.logits) < TOLERANCE
@@ -146,10 +146,10 @@ def test_a_cache_may_start_anywhere(model):
 def test_local_layers_cache_one_chunk():
     model = random_model(SCOUT)
     cache = model.empty_cache((3,), 64)
-    slots = [layer.slots for layer in cache.blocks]
+    slots = [layer.slots for layer in cache.blocks[0]]
     assert slots == [8, 8, 8, 64]
     # Against the arithmetic of the text: keys and values of 2 heads of 16 float32.
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.blocks)) == (
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.blocks[0])) == (
         3 * 2 * (3 * 8 + 64) * 2 * 2 * 16 * 4
     )
 
@@ -160,7 +160,7 @@ def test_memory_of_scouts_cache_is_as_published():
         l4.Llama4, l4.Llama4Config.scout(), dtype=jnp.bfloat16, key=jax.random.key(0)
     )
     sizes = [
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((cache.blocks, cache.tail)))
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.blocks[0]))
         for capacity in (100_000, 200_000)
         for cache in [eqx.filter_eval_shape(lambda m, n=capacity: m.empty_cache((1,), n), model)]
     ]

@@ -151,7 +151,7 @@ def _tensors_of_leaf(
 
     in_encoder = name.removeprefix("vision_model.")
     in_encoder_layer = name.removeprefix("vision_model.model.blocks.")
-    in_decoder = re.fullmatch(r"decoder\.(blocks|tail)\.layers\.(\d+)\.(.+)", name)
+    in_decoder = re.fullmatch(r"decoder\.blocks\.(\d+)\.layers\.(\d+)\.(.+)", name)
     if name in PROJECTOR:
         return whole("", PROJECTOR[name])
     if name in TEXT:
@@ -168,16 +168,13 @@ def _tensors_of_leaf(
                 "llama4_eqx.training.without_expert_bias(model) before saving."
             )
         raise ValueError(f"The leaf {name} has no tensor: add it to the tables of tensor_names.py.")
-    row, number, layers = (
-        TEXT_LAYER[in_decoder[3]],
-        int(in_decoder[2]),
-        f"{text_prefix}model.layers.",
-    )
-    cycle = 0 if model.decoder.blocks is None else len(model.decoder.blocks.layers)
-    in_stack = model.decoder.depth_of_stack * cycle
-    if in_decoder[1] == "tail":
-        return whole(f"{layers}{in_stack + number}.", row)
-    return stacked(layers, range(number, in_stack, cycle), row)
+    row, number = TEXT_LAYER[in_decoder[3]], int(in_decoder[2])
+    layers = f"{text_prefix}model.layers."
+    *before, block = model.decoder.blocks[: int(in_decoder[1]) + 1]
+    first = sum(b.depth for b in before)
+    if block.repeats is None:
+        return whole(f"{layers}{first + number}.", row)
+    return stacked(layers, range(first + number, first + block.depth, len(block.layers)), row)
 
 
 def _axes(sizes: tuple[int, ...], row: str) -> tuple[tuple[tuple[int, ...], ...], int | None]:

@@ -16,6 +16,7 @@ Tokens that can't be sharded evenly, such as the one of a decoding step, are rep
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -35,6 +36,7 @@ from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import has_updates, merged
 from llama4_eqx.layers.remat import RematPolicy
+from llama4_eqx.layers.sites import Readings, Sites, value_axes
 from llama4_eqx.parallel import Parallel, TokenSums
 from llama4_eqx.projector import MultiModalProjector
 from llama4_eqx.vision import VisionModel
@@ -88,13 +90,9 @@ class MeshParallel(Parallel):
         *,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
-    ) -> tuple[
-        Float[Array, "*batch seq hidden"],
-        KVCache | None,
-        Float[Array, "layers *batch seq experts"],
-    ]:
+    ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         lead = self._token_axes(x.shape[:-1])
-        rings = [] if cache is None else [*cache.blocks, *cache.tail]
+        rings = [] if cache is None else [ring for block in cache.blocks for ring in block]
         mesh_axes = self._mesh_axes(lead, slots=math.gcd(*(ring.slots for ring in rings)))
         decoder = self._merged(decoder)
         arrays, static = eqx.partition(decoder, eqx.is_array)
@@ -102,13 +100,20 @@ class MeshParallel(Parallel):
         def local(arrays, x, tokens, rotation, span, cache, key):
             # Here, so that gradients are summed once for all layers, not in each.
             decoder = eqx.combine(pvary(arrays, mesh_axes.tokens), static)
-            context = Context(tokens, rotation, span, mesh_axes)
-            return decoder(x, context, cache, remat=remat, key=key)
+            execution = replace(context.execution, mesh_axes=mesh_axes)
+            local_context = Context(tokens, rotation, span, execution)
+            return decoder(x, local_context, cache, remat=remat, key=key)
 
-        cached = None if cache is None else _cache_specs(cache, lead, mesh_axes)
+        cached = None if cache is None else _cache_specs(decoder, cache, lead, mesh_axes)
+        words, read = decoder.sites(), context.execution.sites.probe.read
+        reading_specs = {
+            site: P(None, *(a or None for a in value_axes(words[site], len(lead) - 1, mesh_axes)))
+            for site in words
+            if site in read
+        }
         of_token, of_row = P(*lead), P(*lead[:-1])
         in_specs = self._specs(decoder), of_token, of_token, of_token, of_row, cached, P()
-        out_specs = of_token, cached, P(None, *lead)
+        out_specs = of_token, cached, {"router_logits": P(None, *lead)} | reading_specs
         run = self._shard_map(local, in_specs, out_specs)
         return run(arrays, x, context.tokens, context.rotation, context.span, cache, key)
 
@@ -151,6 +156,7 @@ class MeshParallel(Parallel):
         projector: MultiModalProjector,
         pixel_values: Float[Array, "tiles channels height width"],
         *,
+        sites: Sites,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "tiles image_tokens hidden"]:
@@ -163,7 +169,7 @@ class MeshParallel(Parallel):
 
         vision_model, projector = jax.tree.map(replicate, (vision_model, projector))
         pixel_values = lax.with_sharding_constraint(pixel_values, tiles)
-        features = projector(vision_model(pixel_values, remat=remat, key=key))
+        features = projector(vision_model(pixel_values, sites=sites, remat=remat, key=key))
         return replicate(lax.with_sharding_constraint(features, tiles))
 
     def _shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
@@ -241,10 +247,15 @@ class MeshParallel(Parallel):
         return head if vocab_axes else mesh_axes.all_gather(head, self.rules["vocab"], axis=0)
 
 
-def _cache_specs(cache: KVCache, lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes) -> Any:
+def _cache_specs(
+    decoder: Decoder, cache: KVCache, lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes
+) -> Any:
     ring = P(*lead[:-1], mesh_axes.heads or None, mesh_axes.slots or None, None)
-    blocks = jax.tree.map(lambda _: P(None, *ring), cache.blocks)
-    tail = jax.tree.map(lambda _: ring, cache.tail)
+    blocks = tuple(
+        jax.tree.map(
+            lambda _, block=block: ring if block.repeats is None else P(None, *ring), rings
+        )
+        for block, rings in zip(decoder.blocks, cache.blocks, strict=True)
+    )
     of_row = P(*lead[:-1])
-    specs = blocks, tail, of_row, of_row
-    return eqx.tree_at(lambda c: (c.blocks, c.tail, c.start, c.length), cache, specs)
+    return eqx.tree_at(lambda c: (c.blocks, c.start, c.length), cache, (blocks, of_row, of_row))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from llama4_eqx.generation.sampling import Greedy, Sampler
 from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
 
 P = ParamSpec("P")
@@ -29,7 +30,8 @@ def prefill(
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
     """Reads a prompt or its next part: the logits after each row's last token, and the cache.
 
-    `forward` are keywords of the model's call: `mask`, `pixel_values`, `image_embeddings`. A long
+    `forward` are keywords of the model's call: `mask`, `pixel_values`, `image_embeddings`, `probe`,
+    of which only edits have an effect here. A long
     prompt may be read in parts, each with the cache that the last call returned and the images of
     its own tokens. The logits of a row without a real token are meaningless.
     """
@@ -45,10 +47,10 @@ def prefill(
 
 @eqx.filter_jit
 def decode_step(
-    model: Llama4, token: Int[Array, "*batch"], cache: KVCache
+    model: Llama4, token: Int[Array, "*batch"], cache: KVCache, probe: Probe | None = None
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
-    """Reads one token of each row: the logits of the next, and the cache."""
-    output = model(token[..., None], cache=cache)
+    """Reads one token of each row: the logits of the next, and the cache. A probe's edits apply."""
+    output = model(token[..., None], cache=cache, probe=probe)
     return output.logits[..., 0, :], cast(KVCache, output.cache)
 
 
@@ -64,7 +66,9 @@ class Request(eqx.Module):
 
     `mask` (True at real tokens, padding on any side) lets prompts of different lengths share a
     batch; `pixel_values` or `image_embeddings` are those of the model's call. Generation ends when
-    every row has met one of the `stop_ids`. Samplers that draw need a `key`.
+    every row has met one of the `stop_ids`. Samplers that draw need a `key`. The edits of a `probe`
+    apply to the prompt and to each step: write them as an `Edit`, since each new plain function is
+    compiled anew.
     """
 
     tokens: TokenIds
@@ -76,6 +80,7 @@ class Request(eqx.Module):
     sampler: Sampler = Greedy()
     key: PRNGKeyArray | None = None
     stop_ids: tuple[int, ...] = eqx.field(default=(), converter=_as_stop_ids)
+    probe: Probe | None = None
 
     def __check_init__(self) -> None:
         if np.shape(self.tokens)[-1:] == (0,):
@@ -161,6 +166,7 @@ def _begin(model: Llama4, request: Request) -> tuple[_State, KVCache]:
         mask=request.mask,
         pixel_values=request.pixel_values,
         image_embeddings=request.image_embeddings,
+        probe=request.probe,
     )
     key = jax.random.key(0) if request.key is None else request.key
     sample_key, key = jax.random.split(key)
@@ -171,7 +177,7 @@ def _begin(model: Llama4, request: Request) -> tuple[_State, KVCache]:
 def _advance(
     model: Llama4, request: Request, state: _State, cache: KVCache
 ) -> tuple[_State, KVCache]:
-    logits, cache = decode_step(model, state.token, cache)
+    logits, cache = decode_step(model, state.token, cache, request.probe)
     sample_key, key = jax.random.split(state.key)
     token = jnp.where(state.stopped, state.token, request.sampler(logits, sample_key))
     all_numbers = state.all_numbers & ~jnp.any(jnp.isnan(logits))

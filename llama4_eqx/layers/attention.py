@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -23,6 +25,7 @@ from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
+from llama4_eqx.layers.pattern import attention_by_pattern
 
 
 class TemperatureTuning(eqx.Module):
@@ -64,6 +67,13 @@ class Attention(eqx.Module):
     qk_norm_eps: float | None = eqx.field(static=True)
     temperature: TemperatureTuning | None
     dropout: float = eqx.field(static=True)
+    sites: ClassVar[dict[str, str]] = {
+        "q": "*batch seq heads head_dim",
+        "k": "*batch seq kv_heads head_dim",
+        "v": "*batch seq kv_heads head_dim",
+        "pattern": "*batch heads q_seq kv_seq",
+        "head_out": "*batch seq heads head_dim",
+    }
 
     def __init__(
         self,
@@ -107,7 +117,7 @@ class Attention(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "*batch seq hidden"], LayerCache | None]:
         """The layer's output, and its cache with these tokens stored."""
-        mesh_axes = context.mesh_axes
+        mesh_axes, sites = context.execution.mesh_axes, context.execution.sites
         x = pvary(x, mesh_axes.heads)
         q = project(x, self.q_proj, self.q_bias)
         k = project(x, self.k_proj, self.k_bias)
@@ -119,28 +129,32 @@ class Attention(eqx.Module):
         elif self.temperature is not None:
             q = self.temperature(q, context.tokens.positions)
 
+        q, k, v = sites("q", q), sites("k", k), sites("v", v)
         q, k, v = (jnp.swapaxes(part, -2, -3) for part in (q, k, v))  # heads before seq
+        show_pattern = sites.probe.visits("pattern")
         new, axis_names = KeysValues(k, v, context.tokens), ()
         if cache is not None and context.span is not None:
-            cache, attended, axis_names = self._with_cache(cache, context.span, new, mesh_axes)
-        elif self._chunks_are_local(context.tokens):
+            cache, attended, axis_names = self._with_cache(
+                cache, context.span, new, mesh_axes, gather_slots=show_pattern
+            )
+        elif self._chunks_are_local(context.tokens) and not show_pattern:
             attended = new
         else:
             attended = new.all_gather(mesh_axes, mesh_axes.seq)
-        out = _over_one_batch_axis(
-            attention,
-            q,
-            attended.k,
-            attended.v,
-            context.tokens,
-            attended.tokens,
-            chunk_size=self.chunk_size,
-            scale=self.q_proj.shape[1] ** -0.5,
-            dropout_rate=self.dropout,
-            axis_names=axis_names,
-            key=fold_in_axis_index(key, (*mesh_axes.tokens, *mesh_axes.heads)),
-        )
-        out = unproject(jnp.swapaxes(out, -2, -3), self.o_proj, None)
+        settings = {
+            "chunk_size": self.chunk_size,
+            "scale": self.q_proj.shape[1] ** -0.5,
+            "dropout_rate": self.dropout,
+            "key": fold_in_axis_index(key, (*mesh_axes.tokens, *mesh_axes.heads)),
+        }
+        operands = q, attended.k, attended.v, context.tokens, attended.tokens
+        if show_pattern:
+            visit = partial(sites, "pattern")
+            out = attention_by_pattern(*operands, span=context.span, visit=visit, **settings)
+        else:
+            out = _over_one_batch_axis(attention, *operands, axis_names=axis_names, **settings)
+        out = sites("head_out", jnp.swapaxes(out, -2, -3))
+        out = unproject(out, self.o_proj, None)
         out = psum_over(out, mesh_axes.heads)
         return out if self.o_bias is None else out + self.o_bias, cache
 
@@ -163,7 +177,13 @@ class Attention(eqx.Module):
         return tokens.positions.shape[-1] % self.chunk_size == 0
 
     def _with_cache(
-        self, cache: LayerCache, span: CacheSpan, new: KeysValues, mesh_axes: MeshAxes
+        self,
+        cache: LayerCache,
+        span: CacheSpan,
+        new: KeysValues,
+        mesh_axes: MeshAxes,
+        *,
+        gather_slots: bool,
     ) -> tuple[LayerCache, KeysValues, AxisNames]:
         """The updated cache, the keys to attend to, and the mesh axes that shard these."""
         slots = mesh_axes.slots
@@ -172,7 +192,7 @@ class Attention(eqx.Module):
         single = new.k.shape[-2] == 1
         if self.chunk_size is None or single:
             held = updated.read(span.start, span.new_end, slots)
-            if single:
+            if single and not gather_slots:
                 return updated, held, slots
             return updated, held.all_gather(mesh_axes, slots), ()
         # Several tokens may cross a chunk's edge and overwrite keys that the earlier of them

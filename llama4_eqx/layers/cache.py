@@ -19,11 +19,12 @@ from llama4_eqx.layers.mask import TokenPositions
 
 class CacheSpan(eqx.Module):
     """Positions held per row, half-open: `[start, old_end)` before this call, `[start, new_end)`
-    after it."""
+    after it, at most `capacity` of them."""
 
     start: Int[Array, "*batch"]
     old_end: Int[Array, "*batch"]
     new_end: Int[Array, "*batch"]
+    capacity: int = eqx.field(static=True)
 
 
 class KeysValues(eqx.Module):
@@ -127,8 +128,7 @@ class KVCache(eqx.Module):
     number of real tokens read since; a row takes at most `capacity` of them.
     """
 
-    blocks: tuple[LayerCache, ...]
-    tail: tuple[LayerCache, ...]
+    blocks: tuple[tuple[LayerCache, ...], ...]
     start: Int[Array, "*batch"]
     length: Int[Array, "*batch"]
     capacity: int = eqx.field(static=True)

@@ -1,6 +1,7 @@
 """SwiGLU feed-forward networks, and the interface that a layer's feed-forward network has."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -8,16 +9,22 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
+from llama4_eqx.layers.collectives import psum_over, pvary
+from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.linear import linear
 
 
 class FeedForward(eqx.Module):
-    """The feed-forward network of a decoder layer; a subclass of yours can take its place."""
+    """The feed-forward network of a decoder layer; a subclass of yours can take its place.
+
+    `sites` lists what it shows to a probe through `execution.sites`, with the axes.
+    """
+
+    sites: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
+        self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"] | None]:
         """The output, and the router's logits if there is a router."""
 
@@ -39,8 +46,9 @@ class MLP(FeedForward):
         self.down_proj = init(down_key, (hidden, ff), dtype)
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
+        self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "*batch hidden"], None]:
+        mesh_axes = execution.mesh_axes
         x = pvary(x, mesh_axes.ff)
         gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
         out = linear(jax.nn.silu(gate) * up, self.down_proj)

@@ -1,6 +1,7 @@
 """The mixture of experts: each token runs through its `top_k` experts and a shared one."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
+from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP, FeedForward
@@ -77,6 +79,12 @@ class MoE(FeedForward):
     shared_expert: MLP
     expert_bias: Float[Array, "experts"] | None
     top_k: int = eqx.field(static=True)
+    sites: ClassVar[dict[str, str]] = {
+        "router_logits": "*batch seq experts",
+        "expert_ids": "*batch seq top_k",
+        "router_weights": "*batch seq top_k",
+        "expert_out": "*batch seq hidden",
+    }
 
     def __init__(
         self,
@@ -97,19 +105,29 @@ class MoE(FeedForward):
         self.top_k = top_k
 
     def __call__(
-        self, x: Float[Array, "*batch hidden"], *, mesh_axes: MeshAxes = UNSHARDED
+        self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"]]:
+        mesh_axes, sites = execution.mesh_axes, execution.sites
         router, bias = self.router, self.expert_bias
         router = mesh_axes.all_gather(router, mesh_axes.experts, axis=0)
         bias = None if bias is None else mesh_axes.all_gather(bias, mesh_axes.experts, axis=0)
-        router_logits = linear(x, router)
+        router_logits = sites("router_logits", linear(x, router))
         top_logits, expert_ids = top_k_experts(router_logits, self.top_k, bias)
+        if sites.probe.edits("expert_ids"):
+            expert_ids = sites("expert_ids", expert_ids)
+            top_logits = jnp.take_along_axis(router_logits, expert_ids, axis=-1)
+        else:
+            expert_ids = sites("expert_ids", expert_ids)
         router_weights = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
+        router_weights = sites("router_weights", router_weights)
         # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce
         # them together.
-        x, partial_axes = pvary(x, mesh_axes.ff), replace(mesh_axes, ff=())
-        routed = self.experts(x, router_weights, expert_ids, mesh_axes=partial_axes)
-        shared, _ = self.shared_expert(x, mesh_axes=partial_axes)
+        x, partial_sums = pvary(x, mesh_axes.ff), Execution(replace(mesh_axes, ff=()))
+        routed = self.experts(x, router_weights, expert_ids, mesh_axes=partial_sums.mesh_axes)
+        shared, _ = self.shared_expert(x, execution=partial_sums)
+        if sites.probe.visits("expert_out"):
+            routed = sites("expert_out", psum_over(routed, mesh_axes.ff))
+            return psum_over(shared, mesh_axes.ff) + routed, router_logits
         return psum_over(shared + routed, mesh_axes.ff), router_logits
 
 

@@ -15,6 +15,7 @@ from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.remat import save_residual
 from llama4_eqx.layers.rope import Rotation, rope_frequencies
+from llama4_eqx.layers.sites import NO_SITES, Sites
 
 
 class VisionAttention(eqx.Module):
@@ -57,11 +58,16 @@ class VisionAttention(eqx.Module):
         x: Float[Array, "*batch patches vision_hidden"],
         rotation: Rotation,
         *,
+        sites: Sites = NO_SITES,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
         q = rotation(project(x, self.q_proj, self.q_bias))
         k = rotation(project(x, self.k_proj, self.k_bias))
         v = project(x, self.v_proj, self.v_bias)
+        if sites.probe.visits("vision_pattern"):
+            pattern = sites("vision_pattern", _pattern(q, k))
+            out = _attend_by(dropout(pattern, self.dropout, key), v)
+            return unproject(out, self.o_proj, self.o_bias)
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
         keys = None if key is None else jax.random.split(key, len(q))
         # One tile at a time, whose scores fit in a CPU's cache.
@@ -91,7 +97,21 @@ def _attend(
     dropout_rate: float,
 ) -> Float[Array, "patches heads head_dim"]:
     """Softmax attention of each patch over its tile; the backward pass recomputes the scores."""
-    q, k, v = (jnp.swapaxes(part, 0, 1) for part in (q, k, v))
-    scores = jnp.einsum("hqk,hsk->hqs", q, k, preferred_element_type=jnp.float32)
-    weights = dropout(jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1), dropout_rate, key)
-    return jnp.swapaxes(jnp.einsum("hqs,hsk->hqk", weights.astype(v.dtype), v), 0, 1)
+    return _attend_by(dropout(_pattern(q, k), dropout_rate, key), v)
+
+
+def _pattern(
+    q: Float[Array, "*batch patches heads head_dim"],
+    k: Float[Array, "*batch patches heads head_dim"],
+) -> Float[Array, "*batch heads patches patches"]:
+    q, k = (jnp.swapaxes(part, -2, -3) for part in (q, k))
+    scores = jnp.einsum("...qk,...sk->...qs", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
+
+
+def _attend_by(
+    pattern: Float[Array, "*batch heads patches patches"],
+    v: Float[Array, "*batch patches heads head_dim"],
+) -> Float[Array, "*batch patches heads head_dim"]:
+    v = jnp.swapaxes(v, -2, -3)
+    return jnp.swapaxes(jnp.einsum("...qs,...sk->...qk", pattern.astype(v.dtype), v), -2, -3)

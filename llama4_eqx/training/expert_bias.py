@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llama4_eqx.decoder import DecoderBlock
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.model import Llama4
 
@@ -41,16 +42,13 @@ def without_expert_bias(model: Llama4) -> Llama4:
 
 def get_expert_bias(model: Llama4) -> Float[Array, "layers experts"] | None:
     """The biases in the order of `Output.router_logits`; None for a model without them."""
-    moes, cycle = _moes(model), _moes_in_cycle(model)
-    biases = [moe.expert_bias for moe in moes if moe.expert_bias is not None]
-    if not biases:
-        return None
-    in_blocks, in_tail = biases[:cycle], biases[cycle:]
-    parts = [jnp.stack(in_tail)] if in_tail else []
-    if in_blocks:
-        stacked = jnp.stack(in_blocks, axis=1)
-        parts.insert(0, stacked.reshape(-1, stacked.shape[-1]))
-    return jnp.concatenate(parts)
+    parts = []
+    for block in model.decoder.blocks:
+        biases = [moe.expert_bias for moe in _moes(block) if moe.expert_bias is not None]
+        if biases:
+            by_layer = jnp.stack(biases, axis=-2)
+            parts.append(by_layer.reshape(-1, by_layer.shape[-1]))
+    return jnp.concatenate(parts) if parts else None
 
 
 def update_expert_bias(
@@ -65,25 +63,22 @@ def update_expert_bias(
     if biases is None:
         raise ValueError("The model has no expert bias: make one with with_expert_bias.")
     moved = biases + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
-    cycle = _moes_in_cycle(model)
-    in_blocks = cycle * model.decoder.depth_of_stack
-    new = [moved[i:in_blocks:cycle] for i in range(cycle)] + list(moved[in_blocks:])
+    new = []
+    for block in model.decoder.blocks:
+        cycle = len(_moes(block))
+        count = cycle * (block.repeats or 1)
+        of_block, moved = moved[:count], moved[count:]
+        new += [of_block[i] if block.repeats is None else of_block[i::cycle] for i in range(cycle)]
     return _with_biases(model, new)
-
-
-def _moes_in_cycle(model: Llama4) -> int:
-    blocks = model.decoder.blocks
-    layers = () if blocks is None else blocks.layers
-    return sum(isinstance(layer.feed_forward, MoE) for layer in layers)
 
 
 def _is_moe(node: Any) -> bool:
     return isinstance(node, MoE)
 
 
-def _moes(model: Llama4) -> list[MoE]:
-    """The MoEs of the repeating block, whose leaves are stacked, then those of the tail."""
-    return [node for node in jax.tree.leaves(model, is_leaf=_is_moe) if _is_moe(node)]
+def _moes(module: Llama4 | DecoderBlock) -> list[MoE]:
+    """The MoEs of each block in order; those of a stacked block stand for all its repeats."""
+    return [node for node in jax.tree.leaves(module, is_leaf=_is_moe) if _is_moe(node)]
 
 
 def _with_biases(model: Llama4, biases: Sequence[Array | None]) -> Llama4:

@@ -14,7 +14,7 @@ from llama4_eqx.layers.lowrank import LowRank, merged
 from llama4_eqx.model import Llama4
 
 # Modules whose layers merge `LowRank` leaves themselves.
-_LAYERS = ("decoder.blocks.", "decoder.tail.", "vision_model.model.")
+_LAYERS = ("decoder.blocks.", "vision_model.model.")
 
 
 class Update(eqx.Module):

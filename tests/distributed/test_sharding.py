@@ -226,7 +226,7 @@ def test_born_sharded():
         assert ours.sharding == theirs.sharding
         assert relative_error(ours, theirs) < TOLERANCE
     cache = init_sharded(lambda: born.empty_cache((8,), 32), mesh, rules)
-    assert cache.blocks[0].k.sharding.shard_shape(cache.blocks[0].k.shape)[1] == 4
+    assert cache.blocks[0][0].k.sharding.shard_shape(cache.blocks[0][0].k.shape)[1] == 4
 
 
 @pytest.mark.parametrize("crowded", [False, True])
@@ -266,7 +266,7 @@ def test_each_device_has_its_share():
         whole += leaf.size
         share += jnp.prod(jnp.array(place.shard_shape(leaf.shape), float)).item()
     assert 1 / 8 < share / whole < 0.17
-    experts = places.decoder.blocks.layers[0].feed_forward.experts
+    experts = places.decoder.blocks[0].layers[0].feed_forward.experts
     assert experts.gate_proj.spec == PartitionSpec(None, ("expert",), ("fsdp",), None)
     assert experts.up_proj.spec == experts.gate_proj.spec
     assert places.vision_model.class_embedding.spec == PartitionSpec(("fsdp",))

@@ -182,7 +182,7 @@ def test_balance_loss_reaches_every_router():
     gradients = eqx.filter_grad(
         lambda model: router_report(model(tokens).router_logits, top_k=1).balance_loss.sum()
     )(model)
-    for layer in gradients.decoder.unstacked_layers():
+    for layer in gradients.decoder.layers():
         assert jnp.abs(layer.feed_forward.router).max() > 0
 
 
