@@ -1,6 +1,8 @@
 """The stack of decoder layers: a repeating cycle, stacked and scanned, and the layers left over."""
 
+from collections.abc import Hashable, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import ClassVar
 
 import equinox as eqx
@@ -8,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from llama4_eqx.config import TextConfig
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
-from llama4_eqx.layers.cache import KVCache, LayerCache
+from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.interfaces import FeedForward, SequenceMixer
 from llama4_eqx.layers.lowrank import merged
-from llama4_eqx.layers.mlp import MLP, FeedForward
+from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
 from llama4_eqx.layers.probe import LayerNumber
@@ -29,7 +32,7 @@ class DecoderLayer(eqx.Module):
     mixture of experts."""
 
     input_layernorm: RMSNorm
-    self_attn: Attention
+    self_attn: SequenceMixer
     post_attention_layernorm: RMSNorm
     feed_forward: FeedForward
     stream_sites: ClassVar[dict[str, str]] = {
@@ -92,12 +95,12 @@ class DecoderLayer(eqx.Module):
         self,
         x: Float[Array, "*batch seq hidden"],
         context: Context,
-        cache: LayerCache | None = None,
+        cache: PyTree | None = None,
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[
         Float[Array, "*batch seq hidden"],
-        LayerCache | None,
+        PyTree | None,
         Float[Array, "*batch seq experts"] | None,
     ]:
         """The layer's output, its cache, and its router's logits (None for a dense layer)."""
@@ -124,16 +127,23 @@ class DecoderBlock(eqx.Module):
         """The number of layers, with all repeats."""
         return len(self.layers) * (1 if self.repeats is None else self.repeats)
 
+    def layer(self, number: int) -> DecoderLayer:
+        """One of the layers, counted from the block's first, with arrays of its own."""
+        repeat, i = divmod(number, len(self.layers))
+        if self.repeats is None:
+            return self.layers[i]
+        return jax.tree.map(lambda leaf: leaf[repeat], self.layers[i])
+
     def __call__(
         self,
         x: Float[Array, "*batch seq hidden"],
         context: Context,
-        caches: tuple[LayerCache, ...] | None = None,
+        caches: tuple[PyTree, ...] | None = None,
         *,
         first_layer: int = 0,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[LayerCache, ...] | None, Readings]:
+    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[PyTree, ...] | None, Readings]:
         """The last layer's output, each layer's cache, and what is read of the layers, the router's
         logits always. `first_layer` is the number of the block's first layer."""
         if self.repeats is None:
@@ -168,12 +178,12 @@ class DecoderBlock(eqx.Module):
         layers: tuple[DecoderLayer, ...],
         x: Float[Array, "*batch seq hidden"],
         context: Context,
-        caches: tuple[LayerCache, ...] | None,
+        caches: tuple[PyTree, ...] | None,
         *,
         first_layer: LayerNumber,
         remat: RematPolicy,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[LayerCache, ...] | None, list[Readings]]:
+    ) -> tuple[Float[Array, "*batch seq hidden"], tuple[PyTree, ...] | None, list[Readings]]:
         keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
         mesh_axes = context.execution.mesh_axes
         new_caches, readings = [], []
@@ -269,14 +279,7 @@ class Decoder(eqx.Module):
 
     def layers(self) -> list[DecoderLayer]:
         """All layers in order, each with arrays of its own."""
-        found = []
-        for block in self.blocks:
-            for i in range(block.repeats or 1):
-                each = block.layers
-                if block.repeats is not None:
-                    each = jax.tree.map(lambda leaf, i=i: leaf[i], each)
-                found.extend(each)
-        return found
+        return [block.layer(i) for block in self.blocks for i in range(block.depth)]
 
     def sites(self) -> dict[str, str]:
         """The sites that some layer shows to a probe, and their axes."""
@@ -297,7 +300,7 @@ class Decoder(eqx.Module):
     ) -> KVCache:
         """See `Llama4.empty_cache`."""
 
-        def of_block(block: DecoderBlock) -> tuple[LayerCache, ...]:
+        def of_block(block: DecoderBlock) -> tuple[PyTree, ...]:
             shape = batch_shape if block.repeats is None else (block.repeats, *batch_shape)
             return tuple(layer.self_attn.empty_cache(shape, capacity) for layer in block.layers)
 
@@ -307,6 +310,51 @@ class Decoder(eqx.Module):
             length=jnp.zeros(batch_shape, jnp.int32),
             capacity=capacity,
         )
+
+
+def stacked(layers: Sequence[DecoderLayer]) -> tuple[DecoderBlock, ...]:
+    """Blocks of the layers, in order: wherever a cycle of alike layers repeats, they are stacked.
+
+    Layers are alike if they have the same modules, settings and shapes.
+    """
+    kinds = [_kind(layer) for layer in layers]
+    blocks: list[DecoderBlock] = []
+    single: list[DecoderLayer] = []
+    start = 0
+    while start < len(layers):
+        cycle, repeats = _longest_run(kinds[start:])
+        if repeats == 1:
+            single.append(layers[start])
+            start += 1
+            continue
+        if single:
+            blocks.append(DecoderBlock(tuple(single)))
+            single = []
+        positions = [layers[start + i : start + cycle * repeats : cycle] for i in range(cycle)]
+        stacks = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for each in positions)
+        blocks.append(DecoderBlock(stacks, repeats))
+        start += cycle * repeats
+    return (*blocks, DecoderBlock(tuple(single))) if single else tuple(blocks)
+
+
+def _kind(layer: DecoderLayer) -> Hashable:
+    arrays, static = eqx.partition(layer, eqx.is_array)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arrays))
+    return jax.tree.structure(arrays), shapes, tuple(jax.tree.leaves(static))
+
+
+def _longest_run(kinds: Sequence[Hashable]) -> tuple[int, int]:
+    """The cycle and repeats, at the beginning, that cover most; of those the smallest cycle."""
+
+    def repeats(cycle: int) -> int:
+        same = takewhile(lambda i: kinds[i] == kinds[i - cycle], range(cycle, len(kinds)))
+        return 1 + sum(1 for _ in same) // cycle
+
+    runs = [(cycle * repeats(cycle), cycle) for cycle in range(1, len(kinds) // 2 + 1)]
+    covered, cycle = max(
+        (run for run in runs if run[0] > run[1]), key=lambda run: (run[0], -run[1]), default=(1, 1)
+    )
+    return cycle, covered // cycle
 
 
 def layer_cycle(config: TextConfig) -> int:

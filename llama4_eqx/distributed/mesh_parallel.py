@@ -92,8 +92,7 @@ class MeshParallel(Parallel):
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         lead = self._token_axes(x.shape[:-1])
-        rings = [] if cache is None else [ring for block in cache.blocks for ring in block]
-        mesh_axes = self._mesh_axes(lead, slots=math.gcd(*(ring.slots for ring in rings)))
+        mesh_axes = self._mesh_axes(lead, slots=0 if cache is None else _common_slots(cache))
         decoder = self._merged(decoder)
         arrays, static = eqx.partition(decoder, eqx.is_array)
 
@@ -247,15 +246,35 @@ class MeshParallel(Parallel):
         return head if vocab_axes else mesh_axes.all_gather(head, self.rules["vocab"], axis=0)
 
 
+def _common_slots(cache: KVCache) -> int:
+    """The greatest common divisor of all caches' slots."""
+    words = axis_words(cache.blocks)
+    return math.gcd(
+        *(
+            leaf.shape[axis - len(words[leaf_name(path)])]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(cache.blocks)
+            for axis, word in enumerate(words[leaf_name(path)])
+            if word == "slots"
+        )
+    )
+
+
 def _cache_specs(
     decoder: Decoder, cache: KVCache, lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes
 ) -> Any:
-    ring = P(*lead[:-1], mesh_axes.heads or None, mesh_axes.slots or None, None)
-    blocks = tuple(
-        jax.tree.map(
-            lambda _, block=block: ring if block.repeats is None else P(None, *ring), rings
-        )
-        for block, rings in zip(decoder.blocks, cache.blocks, strict=True)
+    """By the axis words of the caches: a layer's begins with the batch, after the repeats of a
+    stacked block."""
+    words, of_row = axis_words(cache.blocks), P(*lead[:-1])
+    sharded = {"heads": mesh_axes.heads, "kv_heads": mesh_axes.heads, "slots": mesh_axes.slots}
+
+    def spec(path: Any, leaf: Array, repeats: int | None) -> P:
+        stack = [] if repeats is None else [None]
+        inner = leaf.ndim - len(stack) - len(of_row)
+        ends = words[leaf_name(path)][-inner:] if inner else ()
+        return P(*stack, *of_row, *(sharded.get(word) or None for word in ends))
+
+    repeats = [block.repeats for block in decoder.blocks]
+    blocks = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: spec(path, leaf, repeats[path[0].idx]), cache.blocks
     )
-    of_row = P(*lead[:-1])
     return eqx.tree_at(lambda c: (c.blocks, c.start, c.length), cache, (blocks, of_row, of_row))

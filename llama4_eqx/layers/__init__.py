@@ -8,11 +8,12 @@ from llama4_eqx.layers.cache import LayerCache as LayerCache
 from llama4_eqx.layers.context import Context as Context
 from llama4_eqx.layers.context import Execution as Execution
 from llama4_eqx.layers.grouped import grouped_mlp as grouped_mlp
+from llama4_eqx.layers.interfaces import FeedForward as FeedForward
+from llama4_eqx.layers.interfaces import SequenceMixer as SequenceMixer
 from llama4_eqx.layers.mask import TokenPositions as TokenPositions
 from llama4_eqx.layers.mask import attention_mask as attention_mask
 from llama4_eqx.layers.mask import token_positions as token_positions
 from llama4_eqx.layers.mlp import MLP as MLP
-from llama4_eqx.layers.mlp import FeedForward as FeedForward
 from llama4_eqx.layers.moe import Experts as Experts
 from llama4_eqx.layers.moe import MoE as MoE
 from llama4_eqx.layers.norm import LayerNorm as LayerNorm

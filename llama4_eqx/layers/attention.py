@@ -22,6 +22,7 @@ from llama4_eqx.layers.collectives import (
     pvary,
 )
 from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.interfaces import SequenceMixer
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
@@ -46,7 +47,7 @@ class TemperatureTuning(eqx.Module):
         return (q.astype(jnp.float32) * scale[..., None, None]).astype(q.dtype)
 
 
-class Attention(eqx.Module):
+class Attention(SequenceMixer):
     """Causal grouped-query attention, `softmax(q · k / √head_dim) · v`.
 
     RoPE layers rotate queries and keys and then, if `qk_norm_eps` is set, normalise them. NoPE

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma
 from llama4_eqx.layers.mask import TokenPositions
@@ -125,10 +125,11 @@ class KVCache(eqx.Module):
     """The caches of all layers, arranged as the decoder's layers are, and each row's length.
 
     Made by `Llama4.empty_cache`. `start` is the position of a row's first token, `length` the
-    number of real tokens read since; a row takes at most `capacity` of them.
+    number of real tokens read since; a row takes at most `capacity` of them. A layer's cache is a
+    `LayerCache`, or whatever its own `SequenceMixer` makes.
     """
 
-    blocks: tuple[tuple[LayerCache, ...], ...]
+    blocks: tuple[tuple[PyTree, ...], ...]
     start: Int[Array, "*batch"]
     length: Int[Array, "*batch"]
     capacity: int = eqx.field(static=True)

@@ -1,9 +1,5 @@
-"""SwiGLU feed-forward networks, and the interface that a layer's feed-forward network has."""
+"""The dense feed-forward network."""
 
-from abc import abstractmethod
-from typing import ClassVar
-
-import equinox as eqx
 import jax
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
@@ -11,22 +7,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
+from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
-
-
-class FeedForward(eqx.Module):
-    """The feed-forward network of a decoder layer; a subclass of yours can take its place.
-
-    `sites` lists what it shows to a probe through `execution.sites`, with the axes.
-    """
-
-    sites: ClassVar[dict[str, str]] = {}
-
-    @abstractmethod
-    def __call__(
-        self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
-    ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"] | None]:
-        """The output, and the router's logits if there is a router."""
 
 
 class MLP(FeedForward):

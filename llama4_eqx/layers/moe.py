@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
+from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
-from llama4_eqx.layers.mlp import MLP, FeedForward
+from llama4_eqx.layers.mlp import MLP
 
 
 class Experts(eqx.Module):

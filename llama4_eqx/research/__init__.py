@@ -1,5 +1,6 @@
 """Tools for looking into a model and changing what it computes: edits for a `Probe`, the logit
-lens, activation and attribution patching, direct logit attribution, routing."""
+lens, activation and attribution patching, direct logit attribution, routing, and putting other
+modules in place of a layer's parts."""
 
 from llama4_eqx.layers.probe import Edit as Edit
 from llama4_eqx.layers.probe import Probe as Probe
@@ -18,3 +19,5 @@ from llama4_eqx.research.lens import tuned_lens_loss as tuned_lens_loss
 from llama4_eqx.research.patching import attribution_patching as attribution_patching
 from llama4_eqx.research.patching import patch_sweep as patch_sweep
 from llama4_eqx.research.routing import routing_counts as routing_counts
+from llama4_eqx.research.swapping import layer as layer
+from llama4_eqx.research.swapping import replaced as replaced

@@ -1,0 +1,66 @@
+"""Taking a model's layers apart: one layer, or another module in place of a part of some."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+
+from llama4_eqx.decoder import DecoderBlock, DecoderLayer, stacked
+from llama4_eqx.model import Llama4
+
+
+def layer(model: Llama4, number: int) -> DecoderLayer:
+    """One layer of the decoder, with arrays of its own."""
+    first = 0
+    for block in model.decoder.blocks:
+        if first <= number < first + block.depth:
+            return block.layer(number - first)
+        first += block.depth
+    raise ValueError(f"The model has no layer {number}, only 0 to {first - 1}.")
+
+
+def replaced(
+    model: Llama4,
+    part: str | None,
+    make: Callable[[Any], Any],
+    layers: int | Sequence[int] | None = None,
+) -> Llama4:
+    """The model with `make(old)` in place of a part of some layers, or of all.
+
+        replaced(model, "self_attn", lambda old: LinearAttention(…), layers=[20])
+
+    `part` is a field of a `DecoderLayer`, such as `"self_attn"`, `"feed_forward"` or a norm, or a
+    path below it (`"feed_forward.shared_expert"`); None stands for the layer itself. If the layers
+    were stacked, alike ones are stacked again, so that an odd one costs the compile time of a few
+    layers, not of all.
+    """
+    blocks = model.decoder.blocks
+    every = model.decoder.layers()
+    numbers = range(len(every)) if layers is None else layers
+    for number in [numbers] if isinstance(numbers, int) else numbers:
+        if not 0 <= number < len(every):
+            raise ValueError(f"The model has no layer {number}, only 0 to {len(every) - 1}.")
+        every[number] = _with_part(every[number], part, make, number)
+    was_stacked = any(block.repeats is not None for block in blocks)
+    new = stacked(every) if was_stacked else (DecoderBlock(tuple(every)),)
+    return eqx.tree_at(lambda model: model.decoder.blocks, model, new)
+
+
+def _with_part(
+    old: DecoderLayer, part: str | None, make: Callable[[Any], Any], number: int
+) -> DecoderLayer:
+    if part is None:
+        return make(old)
+
+    def find(layer: DecoderLayer) -> Any:
+        for name in part.split("."):
+            layer = getattr(layer, name)
+        return layer
+
+    try:
+        new = make(find(old))
+    except AttributeError as error:
+        raise ValueError(
+            f"Layer {number} has no part {part!r}: a DecoderLayer has {', '.join(vars(old))}."
+        ) from error
+    return eqx.tree_at(find, old, new, is_leaf=lambda node: node is None)

@@ -1,0 +1,230 @@
+"""A part of some layers replaced by another: the same in every way in which a model runs."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import llama4_eqx as l4
+from llama4_eqx.distributed import FSDP, TENSOR, shard
+from llama4_eqx.layers import (
+    MLP,
+    Attention,
+    Context,
+    Execution,
+    FeedForward,
+    Probe,
+    RMSNorm,
+    SequenceMixer,
+)
+from llama4_eqx.layers.collectives import psum_over
+from llama4_eqx.layers.context import PLAIN
+from llama4_eqx.research import Ablate, Scale, layer, replaced
+from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
+from tests.toys import SCOUT, random_tokens, relative_error
+
+TOLERANCE = 1e-5
+CONFIG = replace(SCOUT, num_hidden_layers=12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = l4.Llama4(l4.Llama4Config(CONFIG), key=jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, model)
+
+
+def forward(model, tokens, **options):
+    return eqx.filter_jit(model)(tokens, **options).logits
+
+
+class Doubled(SequenceMixer):
+    """A wrapper: twice what the attention inside gives, with the attention's own cache."""
+
+    inner: Attention
+
+    def __call__(self, x, context, cache=None, *, key=None):
+        out, cache = self.inner(x, context, cache, key=key)
+        return 2 * out, cache
+
+    def empty_cache(self, batch_shape, capacity):
+        return self.inner.empty_cache(batch_shape, capacity)
+
+
+class State(eqx.Module):
+    """What linear attention remembers: sums over the tokens read."""
+
+    weighted: Float[Array, "*batch heads head_dim value_dim"]
+    total: Float[Array, "*batch heads head_dim"]
+
+
+class LinearAttention(SequenceMixer):
+    """`φ(q) · Σ φ(k) vᵀ / φ(q) · Σ φ(k)`, a state of constant size in place of a cache."""
+
+    q_proj: Float[Array, "heads head_dim hidden"]
+    k_proj: Float[Array, "heads head_dim hidden"]
+    v_proj: Float[Array, "heads head_dim hidden"]
+    o_proj: Float[Array, "hidden heads head_dim"]
+
+    def __init__(self, hidden: int, heads: int, head_dim: int, *, key: PRNGKeyArray) -> None:
+        *keys, o_key = jax.random.split(key, 4)
+        self.q_proj, self.k_proj, self.v_proj = (
+            jax.random.normal(k, (heads, head_dim, hidden)) / hidden**0.5 for k in keys
+        )
+        self.o_proj = jax.random.normal(o_key, (hidden, heads, head_dim)) / hidden**0.5
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch seq hidden"],
+        context: Context,
+        cache: State | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*batch seq hidden"], State | None]:
+        real = (context.tokens.segments >= 0)[..., None, None]
+        q = jax.nn.elu(jnp.einsum("...sd,hkd->...shk", x, self.q_proj)) + 1
+        k = jnp.where(real, jax.nn.elu(jnp.einsum("...sd,hkd->...shk", x, self.k_proj)) + 1, 0)
+        v = jnp.einsum("...sd,hkd->...shk", x, self.v_proj)
+        weighted = jnp.cumsum(jnp.einsum("...shk,...shv->...shkv", k, v), axis=-4)
+        total = jnp.cumsum(k, axis=-3)
+        if cache is not None:
+            weighted += cache.weighted[..., None, :, :, :]
+            total += cache.total[..., None, :, :]
+            cache = State(weighted[..., -1, :, :, :], total[..., -1, :, :])
+        out = jnp.einsum("...shk,...shkv->...shv", q, weighted)
+        out /= jnp.einsum("...shk,...shk->...sh", q, total)[..., None] + 1e-6
+        out = jnp.einsum("...shv,dhv->...sd", out, self.o_proj)
+        return psum_over(out, context.execution.mesh_axes.heads), cache
+
+    def empty_cache(self, batch_shape: tuple[int, ...], capacity: int) -> State:
+        heads, head_dim, _ = self.q_proj.shape[-3:]
+        shape = (*batch_shape, heads, head_dim)
+        return State(jnp.zeros((*shape, head_dim)), jnp.zeros(shape))
+
+
+class Gelu(FeedForward):
+    """A feed-forward network of another kind."""
+
+    up: Float[Array, "ff hidden"]
+    down: Float[Array, "hidden ff"]
+
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
+    ) -> tuple[Float[Array, "*batch hidden"], None]:
+        return jax.nn.gelu(x @ self.up.T) @ self.down.T, None
+
+
+def linear_attention(old):
+    return LinearAttention(64, 4, 16, key=jax.random.key(7))
+
+
+def test_the_same_parts_give_the_same_model(model):
+    again = replaced(model, "self_attn", lambda old: old)
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    unstacked = model.unstacked()
+    still = replaced(unstacked, "self_attn", lambda old: old, layers=3)
+    assert jax.tree.structure(still) == jax.tree.structure(unstacked)
+
+
+def test_the_stack_is_split_around_odd_layers(model):
+    odd = replaced(model, "self_attn", Doubled, layers=4)
+    assert sum(block.depth for block in odd.decoder.blocks) == 12
+    doubled = [i for i in range(12) if isinstance(layer(odd, i).self_attn, Doubled)]
+    assert doubled == [4]
+    deep = l4.Llama4Config(replace(CONFIG, num_hidden_layers=48))
+    shapes = eqx.filter_eval_shape(
+        lambda key: replaced(l4.Llama4(deep, key=key), "self_attn", Doubled, layers=20),
+        jax.random.key(0),
+    )
+    depths = [(len(block.layers), block.repeats) for block in shapes.decoder.blocks]
+    assert depths == [(4, 5), (1, None), (4, 6), (1, 2), (1, None)]
+
+
+@pytest.mark.parametrize("layers", [[5], [0, 11], range(12)])
+def test_a_wrapper_is_what_an_edit_says(model, layers):
+    tokens = random_tokens(2, 20)
+    ours = forward(replaced(model, "self_attn", Doubled, layers), tokens)
+    edited = forward(model, tokens, probe=Probe(edit=Scale("attn_out", 2.0, layers=list(layers))))
+    assert relative_error(ours, edited) < TOLERANCE
+    assert relative_error(ours, forward(model, tokens)) > 1e-3
+
+
+def test_other_parts(model):
+    tokens = random_tokens(2, 20)
+    nothing = Gelu(jnp.zeros((8, 64)), jnp.zeros((64, 8)))
+    ours = forward(replaced(model, "feed_forward", lambda old: nothing, [2, 3]), tokens)
+    edited = forward(model, tokens, probe=Probe(edit=Ablate("ff_out", layers=[2, 3])))
+    assert relative_error(ours, edited) < TOLERANCE
+    norm = RMSNorm(64, eps=1e-5, dtype=jnp.float32)
+    by_part = replaced(model, "input_layernorm", lambda old: norm, 1)
+    np.testing.assert_array_equal(layer(by_part, 1).input_layernorm.weight, norm.weight)
+    mlp = MLP(64, 32, init_std=0.1, dtype=jnp.float32, key=jax.random.key(0))
+    by_path = replaced(model, "feed_forward.shared_expert", lambda old: mlp, 1)
+    np.testing.assert_array_equal(layer(by_path, 1).feed_forward.shared_expert.up_proj, mlp.up_proj)
+    whole = replaced(model, None, lambda old: layer(model, 0), layers=1)
+    copied = layer(whole, 1).self_attn.q_proj
+    np.testing.assert_array_equal(copied, layer(model, 0).self_attn.q_proj)
+    with pytest.raises(ValueError, match="no layer 12, only 0 to 11"):
+        replaced(model, "self_attn", Doubled, layers=12)
+    with pytest.raises(ValueError, match="Layer 2 has no part 'attention': a DecoderLayer has"):
+        replaced(model, "attention", Doubled, layers=2)
+
+
+@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+def test_a_mixer_with_its_own_state_decodes_as_it_prefills(model, form):
+    odd = replaced(model, "self_attn", linear_attention, layers=[1, 6])
+    odd = odd if form == "stacked" else odd.unstacked()
+    tokens = random_tokens(2, 24)
+    whole = forward(odd, tokens)
+    logits, cache = l4.prefill(odd, tokens[:, :15], odd.empty_cache((2,), 30))
+    parts = [logits]
+    for i in range(15, 24):
+        logits, cache = l4.decode_step(odd, tokens[:, i], cache)
+        parts.append(logits)
+    assert relative_error(jnp.stack(parts, 1), whole[:, 14:]) < TOLERANCE
+    new = l4.generate(odd, tokens, max_new_tokens=5)
+    streamed = jnp.stack(list(l4.stream(odd, tokens, max_new_tokens=5)), -1)
+    np.testing.assert_array_equal(new, streamed)
+
+
+def test_it_trains_and_takes_lora(model):
+    odd = replaced(model, "self_attn", linear_attention, layers=1)
+    copy = jax.tree.map(jnp.copy, odd)  # training takes its model's memory
+
+    def loss_function(model, tokens, key):
+        loss = next_token_loss(model, tokens, key=key).token
+        return loss.total, loss.num_tokens, None
+
+    optimizer = optax.adam(1e-2)
+    step = make_train_step(optimizer, loss_function)
+    state, losses = init_train_state(copy, optimizer, key=jax.random.key(0)), []
+    for _ in range(5):
+        state, metrics = step(state, random_tokens(2, 16))
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+    moved = layer(state.model, 1).self_attn
+    assert relative_error(moved.o_proj, linear_attention(None).o_proj) > 1e-3
+    number = next(i for i, block in enumerate(odd.decoder.blocks) if block.repeats is None)
+    lora = LoRA(odd, f"decoder.blocks.{number}.*_proj", rank=2, key=jax.random.key(0))
+    tokens = random_tokens(2, 12)
+    assert relative_error(forward(lora.attached(), tokens), forward(odd, tokens)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_it_is_sharded_by_its_axis_words(model):
+    odd = replaced(model, "self_attn", linear_attention, layers=[1, 6])
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharded = shard(odd, mesh, FSDP | TENSOR)
+    q_proj = layer(sharded, 1).self_attn.q_proj
+    assert q_proj.sharding.shard_shape(q_proj.shape) == (2, 16, 16)
+    tokens = random_tokens(4, 24)
+    assert relative_error(forward(sharded, tokens), forward(odd, tokens)) < TOLERANCE
+    new = l4.generate(sharded, tokens, max_new_tokens=5)
+    np.testing.assert_array_equal(new, l4.generate(odd, tokens, max_new_tokens=5))
