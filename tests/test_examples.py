@@ -5,6 +5,7 @@ Tests that read what a run leaves are a group, so that one worker of pytest does
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -252,3 +253,67 @@ def test_finetuning_the_digits_model(digits_folder, tmp_path):
     new = l4.load_checkpoint(folder / "runs/finetune_lora/model")
     np.testing.assert_array_equal(new.embed_tokens, old.embed_tokens)
     assert not eqx.tree_equal(new.decoder, old.decoder)
+
+
+@pytest.fixture(scope="module")
+def facts_folder(tmp_path_factory):
+    """Where the research examples find a model that knows the facts, after fewer steps."""
+    folder = tmp_path_factory.mktemp("facts")
+    python("-c", shortened("facts", "", 80), cwd=folder)
+    return folder
+
+
+def width(picture: Path) -> int:
+    with PIL.Image.open(picture) as image:
+        return image.width
+
+
+@pytest.mark.xdist_group("facts")
+def test_lens(facts_folder):
+    said = run("lens.py", cwd=facts_folder)
+    assert "layer 7: 'Stockholm.'" in said
+    plain, tuned = (
+        [float(x) for x in re.search(rf"{name} \[(.*)\]", said)[1].split(",")]
+        for name in ("plain", "tuned")
+    )
+    assert plain[0] > 2 * tuned[0]
+    assert plain[-1] == 0
+    assert width(facts_folder / "runs/research/lens.png") > 1000
+
+
+@pytest.mark.xdist_group("facts")
+def test_patching(facts_folder):
+    said = run("patching.py", cwd=facts_folder)
+    before, after = map(
+        float, re.search(r"(-[\d.]+) nats as it is, ([\d.]+) at best", said).groups()
+    )
+    assert before < 0 < after
+    # At first the country is in its letters, in the end at the byte that asks for the answer.
+    assert re.search(r"layer 0: .*The capital of [N]?\w*\[", said)
+    assert "layer 7: most" in said
+    assert said.count("position 24") >= 1
+    assert width(facts_folder / "runs/research/patching.png") > 1000
+
+
+@pytest.mark.xdist_group("facts")
+def test_steering(facts_folder):
+    said = run("steering.py", cwd=facts_folder)
+    counts = np.array([json.loads(row) for row in re.findall(r"layer \d: (\[.*\])", said)])
+    assert counts.shape == (8, 5)
+    assert counts[:, 0].max() <= 2 < counts.max()
+
+
+@pytest.mark.xdist_group("facts")
+def test_routing(facts_folder):
+    said = run("routing.py", cwd=facts_folder)
+    losses = [float(x) for x in re.findall(r"(?:none|expert \d) +([\d.]+)$", said, re.MULTILINE)]
+    assert len(losses) == 5
+    assert min(losses[1:]) >= losses[0]
+    assert width(facts_folder / "runs/research/routing.png") > 900
+
+
+@pytest.mark.xdist_group("facts")
+def test_swap_attention(tmp_path):
+    said = run_shortly("swap_attention", "", 80, tmp_path)
+    assert "5 layers, once" in said
+    assert "loaded again: Warsaw" in said

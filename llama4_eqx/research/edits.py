@@ -31,7 +31,7 @@ class LocalEdit(Edit):
     """An edit of some layers' values at some tokens.
 
     `layers` are numbers of decoder layers, and `positions` places in the sequence of the call, from
-    its end if negative; None means all. In a step of generation a call has one token.
+    its end if negative; None means all. A step of generation is a call of one token, at -1 and 0.
     """
 
     sites: tuple[str, ...] = eqx.field(static=True, converter=_as_sites)
@@ -48,7 +48,8 @@ class LocalEdit(Edit):
         if self.positions is not None:
             axis = token_axis(site)
             length = value.shape[axis]
-            at = jnp.any(jnp.arange(length)[:, None] == self.positions % length, axis=-1)
+            counted = jnp.where(self.positions < 0, self.positions + length, self.positions)
+            at = jnp.any(jnp.arange(length)[:, None] == counted, axis=-1)
             applies &= at.reshape(-1, *[1] * (-axis - 1))
         return jnp.where(applies, new, value)
 
