@@ -247,7 +247,7 @@ def experts() -> None:
 
 def length() -> None:
     """Cost of four times the tokens, three layers of four being local with chunks of 256."""
-    run = eqx.filter_jit(lambda model, tokens: model.hidden_states(tokens)[0])
+    run = eqx.filter_jit(lambda model, tokens: model(tokens).hidden)
     model = random_model(CONFIG)
     short, long = random_tokens(1, 2048), random_tokens(1, 8192)
     seconds = interleaved(

@@ -7,6 +7,7 @@ half a minute on two cores; the model is kept in runs/facts and made anew where 
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def load(steps: int = STEPS, folder: Path = FOLDER) -> tuple[l4.Llama4, Tokenize
     return l4.load_checkpoint(folder / "model"), tokenizer
 
 
-def answer(model: l4.Llama4, tokenizer: Tokenizer, text: str, **options: object) -> str:
+def answer(model: l4.Llama4, tokenizer: Tokenizer, text: str, **options: Any) -> str:
     """How the model continues the text, up to a full stop."""
     tokens, _ = encode([text])
     new = l4.generate(model, tokens, max_new_tokens=16, **options)

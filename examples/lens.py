@@ -59,9 +59,9 @@ def tuned_and_plain(model: l4.Llama4, steps: int = 100) -> tuple[np.ndarray, np.
 
         gradients, by_layer = jax.grad(loss, has_aux=True)(lens)
         updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(lens, updates), state, by_layer
+        return eqx.apply_updates(lens, updates), state, by_layer
 
-    state, losses = optimizer.init(lens), []
+    state, losses = optimizer.init(eqx.filter(lens, eqx.is_array)), []
     for _ in range(steps):
         lens, state, by_layer = step(lens, state)
         losses.append(np.asarray(by_layer))

@@ -38,7 +38,7 @@ def main(folder: Path = FOLDER) -> None:
         eqx.filter_jit(partial(tool, site=SITE))(model, corrupt, source, metric)
         for tool in (patch_sweep, attribution_patching)
     )
-    plain = metric(eqx.filter_jit(model)(corrupt).logits)
+    plain = float(metric(eqx.filter_jit(model)(corrupt).logits))
     print(f"Warsaw over Oslo: {plain:.1f} nats as it is, {sweep[-1, -1]:.1f} at best.")
     for layer, row in enumerate(np.asarray(sweep)):
         position = int(row.argmax())

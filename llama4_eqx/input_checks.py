@@ -1,19 +1,15 @@
 """Checks of what a user passes to a forward call: before tracing where that is possible, else at
-run time.
-
-A run-time check returns a scalar 0 that is added to a value used later, so it isn't dead code;
-scalar, because the host callback would gather a sharded array onto one device.
-"""
+run time."""
 
 from typing import Any, Protocol, runtime_checkable
 
-import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
+
+from llama4_eqx.run_time_checks import refuse_if
 
 LAST_POSITION = 2**31 - 2
 """The largest position: one more is still a 32-bit integer."""
@@ -105,28 +101,11 @@ def check_positions(positions: Int[Array, "*batch seq"]) -> Int[Array, ""]:
 
 def check_image_tokens(wanted: Int[Array, ""], given: int) -> Int[Array, ""]:
     """0, or an error that names both numbers."""
-
-    def refuse(wanted):
-        raise ValueError(
-            f"The tokens have {wanted} image tokens, but the images give {given} features: tokens "
-            "and pixel_values must come from the same call of process()."
-        )
-
-    # Not eqx.error_if, whose sentence can't name a number that is known only at run time. Under
-    # vmap the condition must not be batched, or both of its branches would run.
-    wrong = wanted != given
-    worst = eqxi.unvmap_max(jnp.where(wrong, wanted, -1))
-    return jax.lax.cond(
-        eqxi.unvmap_any(wrong),
-        lambda worst: jax.pure_callback(refuse, worst, worst),
-        jnp.zeros_like,
-        worst,
+    sentence = (
+        f"The tokens have {{detail}} image tokens, but the images give {given} features: tokens "
+        "and pixel_values must come from the same call of process()."
     )
-
-
-def refuse_if(wrong: Bool[Array, ""], sentence: str) -> Int[Array, ""]:
-    """0, or an error."""
-    return eqx.error_if(jnp.zeros((), jnp.int32), wrong, sentence)
+    return refuse_if(wanted != given, sentence, wanted)
 
 
 def _is_known(x: jax.Array) -> bool:

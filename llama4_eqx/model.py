@@ -17,9 +17,9 @@ from llama4_eqx.input_checks import (
     check_pixels,
     check_positions,
     check_shape,
-    refuse_if,
     token_ids,
 )
+from llama4_eqx.layers.backends import BY_PLATFORM, Backends
 from llama4_eqx.layers.cache import CacheSpan, KVCache
 from llama4_eqx.layers.context import Context, Execution
 from llama4_eqx.layers.mask import TokenPositions, token_positions
@@ -28,6 +28,7 @@ from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.parallel import Parallel, SingleDevice
 from llama4_eqx.projector import MultiModalProjector
+from llama4_eqx.run_time_checks import refuse_if
 from llama4_eqx.vision import VisionModel
 
 
@@ -98,6 +99,7 @@ class Llama4(eqx.Module):
         image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
         probe: Probe | None = None,
+        backends: Backends = BY_PLATFORM,
         remat: RematPolicy = "dots",
         key: PRNGKeyArray | None = None,
     ) -> Output:
@@ -110,7 +112,8 @@ class Llama4(eqx.Module):
         `pixel_values` are the tiles of all rows' images in reading order;
         `image_embeddings`, as `encode_images` returns them, can be passed instead. With a `cache`,
         the tokens continue what it holds. A `probe` reads and changes what is computed inside.
-        With a `key`, dropout is on. `remat` says what of each
+        `backends` choose how attention and experts are computed. With a `key`, dropout is on.
+        `remat` says what of each
         layer the backward pass recomputes: all but its matrix products (`"dots"`), everything
         (`"full"`), or nothing (`"none"`).
 
@@ -158,7 +161,7 @@ class Llama4(eqx.Module):
             embedded += check_image_tokens(jnp.sum(is_image), 0).astype(embedded.dtype)
         embedded = sites("embedding", embedded)
         rotation = self.decoder.rope(placed.positions)
-        context = Context(placed, rotation, span, Execution(sites=sites))
+        context = Context(placed, rotation, span, Execution(backends=backends, sites=sites))
         hidden, cache, readings = self.parallel.decode(
             self.decoder, embedded, context, cache, remat=remat, key=decoder_key
         )

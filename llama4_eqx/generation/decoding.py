@@ -19,6 +19,7 @@ from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
+from llama4_eqx.run_time_checks import refuse_if
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -147,7 +148,7 @@ def _with_numbers(
     """The tokens, or an error where they were chosen among logits that aren't numbers."""
     sentence = "The model's logits are NaN: its weights or its input are damaged."
     if isinstance(all_numbers, Tracer):
-        return eqx.error_if(tokens, ~all_numbers, sentence)
+        return tokens + refuse_if(~all_numbers, sentence)
     if not bool(all_numbers):
         raise ValueError(sentence)
     return tokens

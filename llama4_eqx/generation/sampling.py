@@ -5,6 +5,8 @@ from abc import abstractmethod
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
@@ -27,20 +29,34 @@ class Greedy(Sampler):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+def _as_number(number: ArrayLike) -> Float[Array, ""]:
+    return jnp.asarray(number, jnp.float32)
+
+
+def _as_probability(number: ArrayLike | None) -> Float[Array, ""] | None:
+    return None if number is None else _as_number(number)
+
+
+def _is_known(number: Array) -> bool:
+    return not isinstance(number, Tracer)
+
+
 class Sample(Sampler):
     """Draws from `softmax(logits / temperature)` after removing, in this order if given: all but
     the `top_k` likeliest tokens; the least likely ones beyond a total probability of `top_p`; those
     less than `min_p` times as likely as the likeliest. Llama 4's own defaults are
-    `Sample(temperature=0.6, top_p=0.9)`.
+    `Sample(temperature=0.6, top_p=0.9)`. All but `top_k` are traced: other numbers compile nothing
+    anew.
     """
 
-    temperature: float = 1.0
+    temperature: Float[Array, ""] = eqx.field(default=1.0, converter=_as_number)
     top_k: int | None = eqx.field(static=True, default=None)
-    top_p: float | None = None
-    min_p: float | None = None
+    top_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
+    min_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
 
     def __check_init__(self) -> None:
-        if not 1e-6 <= self.temperature <= 1e6:  # beyond, float32 logits over- or underflow
+        # Beyond these temperatures float32 logits over- or underflow.
+        if _is_known(self.temperature) and not 1e-6 <= self.temperature <= 1e6:
             raise ValueError(
                 "temperature must be positive, from 1e-6 to 1e6, but is "
                 f"{self.temperature}: use Greedy() for zero."
@@ -48,7 +64,7 @@ class Sample(Sampler):
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, but is {self.top_k}.")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if value is not None and not 0 <= value <= 1:
+            if value is not None and _is_known(value) and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability, so from 0 to 1, but is {value}.")
 
     def __call__(

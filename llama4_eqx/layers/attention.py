@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from llama4_eqx.layers.backends import AttentionBackend
 from llama4_eqx.layers.blockwise import attention
 from llama4_eqx.layers.cache import CacheSpan, KeysValues, LayerCache
 from llama4_eqx.layers.collectives import (
@@ -20,8 +23,11 @@ from llama4_eqx.layers.collectives import (
     fold_in_axis_index,
     psum_over,
     pvary,
+    varying_axes,
 )
 from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.cudnn import fits_cudnn
+from llama4_eqx.layers.hopper import gpus
 from llama4_eqx.layers.interfaces import SequenceMixer
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions
@@ -153,7 +159,17 @@ class Attention(SequenceMixer):
             visit = partial(sites, "pattern")
             out = attention_by_pattern(*operands, span=context.span, visit=visit, **settings)
         else:
-            out = _over_one_batch_axis(attention, *operands, axis_names=axis_names, **settings)
+            backend = context.execution.backends.attention
+            run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
+            if context.span is not None and _may_begin_a_row(q, k, context.tokens, backend):
+                tokens = replace(context.tokens, contiguous=True)
+                out = lax.cond(
+                    jnp.all(context.span.old_end == 0),
+                    lambda: run(q, k, v, tokens, tokens),
+                    lambda: run(*operands),
+                )
+            else:
+                out = run(*operands, axis_names=axis_names)
         out = sites("head_out", jnp.swapaxes(out, -2, -3))
         out = unproject(out, self.o_proj, None)
         out = psum_over(out, mesh_axes.heads)
@@ -200,6 +216,16 @@ class Attention(SequenceMixer):
         # still need: attend to the old ring and the new tokens instead.
         old = cache.read(span.start, span.old_end, slots)
         return updated, old.all_gather(mesh_axes, slots).concatenate(new), ()
+
+
+def _may_begin_a_row(
+    q: Array, k: Array, tokens: TokenPositions, backend: AttentionBackend | None
+) -> bool:
+    """Whether it pays to look, at run time, if these tokens are the first that a cache gets: they
+    are then a row by themselves, for which cuDNN has a kernel."""
+    if backend is not None or not gpus() or varying_axes(q):
+        return False
+    return tokens.unpadded and q.shape[-2] > 1 and fits_cudnn(q, k)
 
 
 def _over_one_batch_axis(

@@ -3,8 +3,11 @@
 Whether a query attends to a key is decided by `mask.attention_mask` alone. The blockwise form is an
 online softmax that never holds all scores at once (FlashAttention, https://arxiv.org/abs/2205.14135)
 and skips the blocks of keys that no query of a block attends to; the dense form computes the same
-in one product.
+in one product. Both are for any device; `cudnn` has a kernel for GPUs.
 """
+
+from functools import partial
+from typing import get_args
 
 import equinox as eqx
 import jax
@@ -12,14 +15,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
+from llama4_eqx.layers.backends import AttentionBackend, check_backend
+from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over, varying_axes
+from llama4_eqx.layers.cudnn import cudnn_attention, fits_cudnn
 from llama4_eqx.layers.dropout import dropout
+from llama4_eqx.layers.hopper import gpus
 from llama4_eqx.layers.mask import TokenPositions, attention_mask
 from llama4_eqx.layers.remat import save_residual
 
 # The fastest on CPUs, for causal and for chunk-local layers: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
 BLOCK = 256
+# On GPUs few large products win: twice as fast on an H100.
+LARGE_BLOCK = 1024
 
 # Below every score but finite: subtracted from a score of -inf it gives no NaN.
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -37,17 +45,47 @@ def attention(
     dropout_rate: float = 0.0,
     axis_names: AxisNames = (),
     key: PRNGKeyArray | None = None,
+    backend: AttentionBackend | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """Softmax attention of each query over the keys in its mask; zeros where that is empty.
 
     Equal runs of query heads share a key head (grouped-query attention). Scores and softmax are
     in float32. Dropout of attention probabilities needs a `key`. Inside `jax.shard_map` the keys
-    may be sharded along mesh axes `axis_names`.
+    may be sharded along mesh axes `axis_names`, which needs the dense form.
+
+    `backend` None chooses by the shapes and by the platform that the program is lowered for: dense
+    for small problems; cuDNN on GPUs, if this machine has one, for unpadded 16-bit rows without
+    dropout; else blockwise, with larger blocks on such GPUs.
     """
-    settings = {"chunk_size": chunk_size, "scale": scale, "dropout_rate": dropout_rate, "key": key}
-    if axis_names or q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2:
-        return dense_attention(q, k, v, queries, keys, axis_names=axis_names, **settings)
-    return blockwise_attention(*match_vma(q, k, v, queries, keys), **settings)
+    check_backend(backend, get_args(AttentionBackend), "attention")
+    settings = {"chunk_size": chunk_size, "scale": scale}
+    dropped = {"dropout_rate": dropout_rate, "key": key}
+    small = q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2
+    if axis_names or backend == "dense" or (backend is None and small):
+        return dense_attention(q, k, v, queries, keys, axis_names=axis_names, **settings, **dropped)
+    q, k, v, queries, keys = match_vma(q, k, v, queries, keys)
+    unpadded = queries.contiguous and keys.contiguous and q.shape[2] == k.shape[2]
+    for_cudnn = unpadded and fits_cudnn(q, k) and (key is None or not dropout_rate)
+
+    def by_cudnn(q, k, v, queries, keys):
+        return cudnn_attention(q, k, v, **settings)
+
+    if backend == "cudnn":
+        if not for_cudnn:
+            raise ValueError(
+                'backend="cudnn" takes 16-bit rows that are unpadded documents, without dropout, '
+                "and a head_dim of at most 128 that is a multiple of 8: pass None."
+            )
+        return by_cudnn(q, k, v, queries, keys)
+    blockwise = partial(blockwise_attention, **settings, **dropped)
+    if backend == "blockwise" or not gpus():
+        return blockwise(q, k, v, queries, keys)
+    automatic = for_cudnn and not varying_axes(q)  # untried inside jax.shard_map
+    large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
+    # Only on a machine with a GPU, since tracing two forms and their gradients takes its time.
+    return lax.platform_dependent(
+        q, k, v, queries, keys, cuda=by_cudnn if automatic else large, default=blockwise
+    )
 
 
 def dense_attention(

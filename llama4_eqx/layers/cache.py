@@ -50,8 +50,14 @@ class KeysValues(eqx.Module):
         """These, followed by the new ones."""
         old, new = match_vma(self, new)
         k, v = (jnp.concatenate(pair, axis=-2) for pair in ((old.k, new.k), (old.v, new.v)))
-        tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-1), old.tokens, new.tokens)
-        return KeysValues(k, v, tokens)
+        positions, segments = (
+            jnp.concatenate(pair, axis=-1)
+            for pair in (
+                (old.tokens.positions, new.tokens.positions),
+                (old.tokens.segments, new.tokens.segments),
+            )
+        )
+        return KeysValues(k, v, TokenPositions(positions, segments))
 
 
 class LayerCache(eqx.Module):

@@ -72,7 +72,7 @@ def pvary(tree: T, axis_names: AxisNames) -> T:
     gradients."""
 
     def cast(x: Array) -> Array:
-        new = tuple(name for name in axis_names if name not in _varying(x))
+        new = tuple(name for name in axis_names if name not in varying_axes(x))
         return lax.pcast(x, new, to="varying") if new else x
 
     return jax.tree.map(cast, tree)
@@ -92,9 +92,10 @@ def fold_in_axis_index(key: PRNGKeyArray | None, axis_names: AxisNames) -> PRNGK
 
 def match_vma(*trees: Any) -> Any:
     """Casts all arrays to vary over the union of their mesh axes, as loop carries must."""
-    names = {name for x in jax.tree.leaves(trees) for name in _varying(x)}
+    names = {name for x in jax.tree.leaves(trees) for name in varying_axes(x)}
     return pvary(trees, tuple(sorted(names)))
 
 
-def _varying(x: Array) -> frozenset[str]:
+def varying_axes(x: Array) -> frozenset[str]:
+    """The mesh axes over which a value differs between devices, inside `jax.shard_map`."""
     return jax.typeof(x).manual_axis_type.varying

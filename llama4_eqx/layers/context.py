@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import equinox as eqx
 
+from llama4_eqx.layers.backends import BY_PLATFORM, Backends
 from llama4_eqx.layers.cache import CacheSpan
 from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes
 from llama4_eqx.layers.mask import TokenPositions
@@ -13,10 +14,11 @@ from llama4_eqx.layers.sites import NO_SITES, Sites
 
 @dataclass(frozen=True)
 class Execution:
-    """How a layer runs: `mesh_axes` is set inside `jax.shard_map`; `sites` show a probe what the
-    layer computes."""
+    """How a layer runs: `mesh_axes` is set inside `jax.shard_map`; `backends` say how attention and
+    experts are computed; `sites` show a probe what the layer computes."""
 
     mesh_axes: MeshAxes = UNSHARDED
+    backends: Backends = BY_PLATFORM
     sites: Sites = NO_SITES
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.backends import ExpertsBackend
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_over
 from llama4_eqx.layers.grouped import grouped_mlp
 from llama4_eqx.layers.remat import save_residual
@@ -24,6 +25,7 @@ def routed_experts(
     up_proj: Float[Array, "experts hidden ff"],
     down_proj: Float[Array, "experts ff hidden"],
     mesh_axes: MeshAxes,
+    backend: ExpertsBackend | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """`Σ_k expert_k(router_weight_k · x)`. Dropless: however uneven the routing, no token is lost.
 
@@ -39,14 +41,14 @@ def routed_experts(
     rows = (x[:, None] * router_weights[..., None]).reshape(-1, x.shape[-1])
     expert_of_row = expert_ids.reshape(-1)
     if all_to_all:
-        out = _through_all_to_all(rows, expert_of_row, tuple(weights), mesh_axes.experts)
+        out = _through_all_to_all(rows, expert_of_row, tuple(weights), mesh_axes.experts, backend)
     else:
         if mesh_axes.experts:
             local_experts = len(gate_proj)
             expert_of_row -= lax.axis_index(mesh_axes.experts) * local_experts
             here = (expert_of_row >= 0) & (expert_of_row < local_experts)
             expert_of_row = jnp.where(here, expert_of_row, local_experts)
-        out = _through_local_experts(rows, expert_of_row, tuple(weights))
+        out = _through_local_experts(rows, expert_of_row, tuple(weights), backend)
     out = out.reshape(*expert_ids.shape, x.shape[-1]).sum(-2)
     return psum_over(out, () if all_to_all else mesh_axes.experts)
 
@@ -56,14 +58,17 @@ _Weights = tuple[Array, Array, Array]
 
 
 def _through_local_experts(
-    rows: Float[Array, "tokens hidden"], expert_of_row: Int[Array, "tokens"], weights: _Weights
+    rows: Float[Array, "tokens hidden"],
+    expert_of_row: Int[Array, "tokens"],
+    weights: _Weights,
+    backend: ExpertsBackend | None,
 ) -> Float[Array, "tokens hidden"]:
     """Each row through its expert; zeros for a row whose expert is past the last one."""
     order = jnp.argsort(expert_of_row)
     group_sizes = jnp.bincount(expert_of_row, length=len(weights[0]))
     rows, order, group_sizes = match_vma(rows, order, group_sizes)
     sorted_rows = rows.at[order].get(unique_indices=True)
-    out = grouped_mlp(sorted_rows, *weights, group_sizes)
+    out = grouped_mlp(sorted_rows, *weights, group_sizes, backend=backend)
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
@@ -72,6 +77,7 @@ def _through_all_to_all(
     expert_of_row: Int[Array, "tokens"],
     weights: _Weights,
     axis_names: AxisNames,
+    backend: ExpertsBackend | None,
 ) -> Float[Array, "tokens hidden"]:
     """Each row through its expert, on whichever device along the mesh axes that is.
 
@@ -89,6 +95,7 @@ def _through_all_to_all(
         count=counts,
         axis_names=axis_names,
         capacity=capacity,
+        backend=backend,
     )
     route, rows = match_vma(route, rows)
     rounds = lax.pmax(jnp.max(-(-counts // capacity)), axis_names)
@@ -109,6 +116,7 @@ class _Route(eqx.Module):
     count: Int[Array, "devices"]
     axis_names: AxisNames = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
+    backend: ExpertsBackend | None = eqx.field(static=True)
 
 
 def _round(
@@ -119,7 +127,8 @@ def _round(
     sent = jnp.where(real[..., None], rows[row], 0)
     expert = jnp.where(real, route.local_expert[row], len(weights[0]))
     received, expert = save_residual(_dispatch(sent, route)), _dispatch(expert, route)
-    out = _through_local_experts(received.reshape(-1, rows.shape[-1]), expert.reshape(-1), weights)
+    received = received.reshape(-1, rows.shape[-1])
+    out = _through_local_experts(received, expert.reshape(-1), weights, route.backend)
     returned = _combine(out.reshape(sent.shape), route)
     return jnp.zeros_like(rows).at[row].add(jnp.where(real[..., None], returned, 0))
 

@@ -10,7 +10,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.collectives import UNSHARDED, MeshAxes, psum_over, pvary
+from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
 from llama4_eqx.layers.interfaces import FeedForward
@@ -47,7 +47,7 @@ class Experts(eqx.Module):
         router_weights: Float[Array, "*batch top_k"],
         expert_ids: Int[Array, "*batch top_k"],
         *,
-        mesh_axes: MeshAxes = UNSHARDED,
+        execution: Execution = PLAIN,
     ) -> Float[Array, "*batch hidden"]:
         """`Σ_k expert_k(router_weight_k · x)` over each token's experts."""
         tokens, router_weights, expert_ids = (
@@ -60,7 +60,8 @@ class Experts(eqx.Module):
             self.gate_proj,
             self.up_proj,
             self.down_proj,
-            mesh_axes,
+            execution.mesh_axes,
+            execution.backends.experts,
         )
         return out.reshape(x.shape)
 
@@ -123,8 +124,9 @@ class MoE(FeedForward):
         router_weights = sites("router_weights", router_weights)
         # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce
         # them together.
-        x, partial_sums = pvary(x, mesh_axes.ff), Execution(replace(mesh_axes, ff=()))
-        routed = self.experts(x, router_weights, expert_ids, mesh_axes=partial_sums.mesh_axes)
+        x = pvary(x, mesh_axes.ff)
+        partial_sums = Execution(replace(mesh_axes, ff=()), execution.backends)
+        routed = self.experts(x, router_weights, expert_ids, execution=partial_sums)
         shared, _ = self.shared_expert(x, execution=partial_sums)
         if sites.probe.visits("expert_out"):
             routed = sites("expert_out", psum_over(routed, mesh_axes.ff))

@@ -70,9 +70,14 @@ class VisionAttention(eqx.Module):
             return unproject(out, self.o_proj, self.o_bias)
         q, k, v = (part.reshape(-1, *part.shape[-3:]) for part in (q, k, v))
         keys = None if key is None else jax.random.split(key, len(q))
-        # One tile at a time, whose scores fit in a CPU's cache.
         attend = partial(_attend, dropout_rate=self.dropout)
-        out = save_residual(lax.map(lambda tile: attend(*tile), (q, k, v, keys)))
+        out = lax.platform_dependent(
+            (q, k, v, keys),
+            # One tile at a time, whose scores fit in a CPU's cache.
+            cpu=partial(lax.map, lambda tile: attend(*tile)),
+            default=lambda tiles: jax.vmap(attend)(*tiles),
+        )
+        out = save_residual(out)
         out = out.reshape(*x.shape[:-1], *out.shape[-2:])
         return unproject(out, self.o_proj, self.o_bias)
 

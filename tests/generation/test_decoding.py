@@ -127,3 +127,25 @@ def test_draws_follow_the_filtered_distribution():
 def test_sampler_errors(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         l4.Sample(**options)
+
+
+def test_other_temperatures_compile_nothing():
+    model, prompt = l4.Llama4(l4.Llama4Config(SCOUT), key=jax.random.key(0)), random_tokens(1, 6)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+
+    def run(temperature, top_p):
+        sampler = l4.Sample(temperature, top_p=top_p)
+        options = {"sampler": sampler, "key": jax.random.key(0)}
+        new = l4.generate(model, prompt, max_new_tokens=4, **options)
+        return np.asarray(new), list(l4.stream(model, prompt, max_new_tokens=4, **options))
+
+    cold, _ = run(1e-4, 0.9)
+    assert compiled
+    np.testing.assert_array_equal(cold, l4.generate(model, prompt, max_new_tokens=4))
+    compiled.clear()
+    hot = [run(temperature, 0.99)[0].tolist() for temperature in (0.5, 1.0, 5.0, 50.0)]
+    assert not compiled
+    assert len({str(row) for row in hot}) > 1

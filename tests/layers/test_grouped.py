@@ -223,18 +223,35 @@ def test_blocked_copies_one_expert_at_a_time(tokens, dtype):
     assert used < 2 * expert_bytes + 2 * tokens * row_bytes < experts * expert_bytes / 4
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_default_backend(platform, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    # Wrapped, as JAX remembers what it traced.
-    jaxpr = jax.make_jaxpr(lambda *inputs: grouped_mlp(*inputs))(
-        *operands(4, 2)[:4], jnp.array([1, 3])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_default_backend(platform):
+    """Chosen by the platform lowered for; few rows aren't grouped on GPUs."""
+    for tokens, experts in ((8, 2), (1, 8)):
+        inputs = operands(tokens, experts)[:4], jnp.full(experts, tokens // experts)
+        traced = jax.jit(lambda inputs, sizes: grouped_mlp(*inputs, sizes)).trace(*inputs)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        grouped = platform == "tpu" or (platform == "cuda" and tokens == 8)
+        assert ("ragged_dot" in text) == grouped
+
+
+@pytest.mark.parametrize("backend", ["ragged", "blocked", "rows"])
+def test_under_vmap(backend):
+    """Of rows, sizes and weights each, and of their gradients."""
+    one, other = (operands(12, 3, seed=seed) for seed in (0, 1))
+    sizes = jnp.array([[1, 4, 5], [0, 12, 0]])
+    stacked = tuple(map(lambda *x: jnp.stack(x), one, other))
+    together = jax.vmap(partial(run, backend=backend))(*stacked, sizes)
+    shared = jax.vmap(partial(run, backend=backend), (0, None, None, None, 0, 0))(
+        stacked[0], *one[1:4], stacked[4], sizes
     )
-    assert ("ragged_dot" in str(jaxpr)) == (platform != "cpu")
+    for i, alone in enumerate((one, other)):
+        assert_close([x[i] for x in together], run(*alone, sizes[i], "dense"))
+        truth = run(alone[0], *one[1:4], alone[4], sizes[i], "dense")
+        assert_close([x[i] for x in shared], truth)
 
 
 def test_unknown_backend():
     # Without the suite's type checks, which object earlier.
     unchecked = inspect.unwrap(grouped_mlp)
-    with pytest.raises(ValueError, match=r"'dense', 'ragged', 'blocked'.*got 'loop'"):
+    with pytest.raises(ValueError, match=r"'dense', 'ragged', 'blocked', .*got 'loop'"):
         unchecked(*operands(4, 2)[:4], jnp.array([1, 3]), backend="loop")

@@ -1,0 +1,126 @@
+"""Programs for other platforms, lowered from a CPU, and exported ones."""
+
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import llama4_eqx as l4
+from llama4_eqx.layers import Backends
+from llama4_eqx.layers.backends import check_backend
+from tests.toys import MULTIMODAL, random_tokens, relative_error
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return l4.Llama4(MULTIMODAL, key=jax.random.key(0))
+
+
+def programs(model):
+    """Functions of arrays alone, and their arguments."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+    tokens = random_tokens(2, 300, vocab=249)
+    pictures = jnp.zeros((2, 3, 28, 28))
+    with_images = tokens.at[:, :4].set(250)
+    cache = model.empty_cache((2,), 310)
+
+    def with_model(function):
+        return lambda arrays, *rest: function(eqx.combine(arrays, static), *rest)
+
+    def loss(model, tokens, pictures):
+        return model(tokens, pixel_values=pictures).logits.sum()
+
+    def gradient(model, tokens, pictures):
+        return eqx.filter(eqx.filter_grad(loss)(model, tokens, pictures), eqx.is_array)
+
+    return {
+        "forward": (with_model(lambda m, t: m(t).logits), (arrays, tokens)),
+        "gradient": (with_model(gradient), (arrays, with_images, pictures)),
+        "prefill": (with_model(l4.prefill), (arrays, tokens, cache)),
+        "step": (with_model(l4.decode_step), (arrays, tokens[:, 0], cache)),
+        "generate": (
+            with_model(lambda m, t: l4.generate(m, t, max_new_tokens=3)),
+            (arrays, tokens[:, :9]),
+        ),
+    }
+
+
+NAMES = ("forward", "gradient", "prefill", "step", "generate")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cpu_lowers_for_other_platforms(model, name, platform):
+    function, arguments = programs(model)[name]
+    traced = jax.jit(function).trace(*arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "callback" not in text
+    assert "ragged_dot" in text  # the experts, which a CPU computes in a loop
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_its_own_platform_it_checks(model, name):
+    function, arguments = programs(model)[name]
+    text = jax.jit(function).lower(*arguments).as_text()
+    assert "callback" in text
+    assert "ragged_dot" not in text
+
+
+@pytest.mark.parametrize("name", ["forward", "step", "generate"])
+def test_an_exported_program_is_the_plain_one(model, name):
+    """One program for three platforms, written to bytes and read again."""
+    function, arguments = programs(model)[name]
+    # Caches are modules of ours, which an exported program doesn't know: it gets their arrays.
+    leaves, structure = jax.tree.flatten(arguments)
+
+    def flat(*leaves):
+        return jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
+
+    exported = export.export(jax.jit(flat), platforms=PLATFORMS)(*leaves)
+    loaded = export.deserialize(exported.serialize())
+    assert loaded.platforms == PLATFORMS
+    for ours, plain in zip(loaded.call(*leaves), jax.jit(flat)(*leaves), strict=True):
+        if jnp.issubdtype(plain.dtype, jnp.floating):
+            assert relative_error(ours, plain) < 1e-5
+        else:
+            np.testing.assert_array_equal(ours, plain)
+
+
+def test_backends_are_chosen_from_the_call(model):
+    """Each is another program with the same values."""
+    tokens = random_tokens(2, 300, vocab=249)
+    plain = eqx.filter_jit(model)(tokens).logits
+    for attention, experts in (("dense", "dense"), ("blockwise", "ragged"), (None, "rows")):
+        backends = Backends(attention, experts)
+        other = eqx.filter_jit(lambda m, t, b=backends: m(t, backends=b).logits)(model, tokens)
+        assert relative_error(other, plain) < 1e-5
+    # Without the suite's type checks, which object earlier.
+    unchecked = inspect.unwrap(check_backend)
+    with pytest.raises(
+        ValueError, match=r"experts must be None or one of \('dense',\), got 'loop'"
+    ):
+        unchecked("loop", ("dense",), "experts")
+    with pytest.raises(ValueError, match='backend="hopper" takes 16-bit numbers'):
+        model(tokens, backends=Backends(experts="hopper"))
+    with pytest.raises(ValueError, match='backend="cudnn" takes 16-bit rows'):
+        model(tokens, backends=Backends(attention="cudnn"))
+
+
+def test_dense_backends_have_forward_mode_derivatives(model):
+    tokens = random_tokens(2, 300, vocab=249)
+    embedding = model.embed_tokens
+    tangent = jax.random.normal(jax.random.key(1), embedding.shape)
+
+    def loss(embedding):
+        changed = eqx.tree_at(lambda m: m.embed_tokens, model, embedding)
+        return jnp.mean(changed(tokens, backends=Backends("dense", "dense")).logits ** 2)
+
+    _, forward = jax.jit(lambda: jax.jvp(loss, (embedding,), (tangent,)))()
+    backward = jnp.vdot(jax.jit(jax.grad(loss))(embedding), tangent)
+    assert abs(forward / backward - 1) < 1e-4  # sums of 16,000 products of either sign
