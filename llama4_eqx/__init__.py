@@ -38,6 +38,7 @@ from llama4_eqx.projector import MultiModalProjector as MultiModalProjector
 from llama4_eqx.projector import PixelShuffleMLP as PixelShuffleMLP
 from llama4_eqx.projector import VisionMLP2 as VisionMLP2
 from llama4_eqx.projector import pixel_shuffle as pixel_shuffle
+from llama4_eqx.regraft import with_config as with_config
 from llama4_eqx.vision import UnfoldConvolution as UnfoldConvolution
 from llama4_eqx.vision import VisionEncoder as VisionEncoder
 from llama4_eqx.vision import VisionEncoderLayer as VisionEncoderLayer

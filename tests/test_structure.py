@@ -31,7 +31,7 @@ FLOORS = (
     ("vision",),
     ("parallel",),
     ("model",),
-    ("distributed", "generation", "research"),
+    ("distributed", "generation", "regraft", "research"),
     ("training",),
     ("checkpoints",),
     ("__init__",),

@@ -26,6 +26,7 @@ from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX
 from llama4_eqx.distributed.processes import allgather_json, run_on_all_processes
 from llama4_eqx.model import Llama4
+from llama4_eqx.regraft import difference
 
 # Files of a checkpoint, which an overwrite replaces. Adapters and other weights stay.
 _OWN_FILE = re.compile(rf"config\.json|{re.escape(INDEX)}|model(-\d+-of-\d+)?\.safetensors")
@@ -49,13 +50,20 @@ def save_checkpoint(
     processes, each must make the same call with a folder that all of them share; if one fails, all
     raise.
 
-    Raises `FileExistsError` for an existing checkpoint, and an `OSError` if there is no room.
+    Raises `FileExistsError` for an existing checkpoint, an `OSError` if there is no room, and a
+    `ValueError` for a model that its config doesn't describe, which nobody could load again.
     """
     number = isinstance(max_shard_bytes, int | float | np.integer)
     if not number or not max_shard_bytes >= 1:
         raise ValueError(f"max_shard_bytes must be a positive number, not {max_shard_bytes!r}.")
     folder = Path(os.path.realpath(folder))
     files = _planned(model, int(max_shard_bytes))
+    found = difference(model)
+    if found is not None:
+        raise ValueError(
+            f"The model isn't what its config describes: {found}. Give it a config that fits with "
+            "llama4_eqx.with_config; parts of your own go to equinox's tree_serialise_leaves."
+        )
     first = jax.process_index() == 0
     staging: Staging | None = None
 
