@@ -47,6 +47,15 @@ class _Refusal:
 _refuse_p = Primitive("refuse_if")
 
 
+def _eager(wrong: Array, detail: Array, *, refusal: _Refusal) -> Array:
+    """Outside of `jit` the error is raised here, so that the user sees it alone."""
+    if not wrong.is_fully_addressable:
+        return jax.jit(refusal)(wrong, detail)
+    if bool(wrong):
+        raise ValueError(refusal.sentence.format(detail=int(detail)))
+    return jnp.zeros((), jnp.int32)
+
+
 def _on_this_platform(wrong: Array, detail: Array, *, refusal: _Refusal) -> Array:
     return refusal(wrong, detail)
 
@@ -78,7 +87,7 @@ def _jvp(operands, tangents, *, refusal):
     return out, ad.Zero(ShapedArray((), jax.dtypes.float0))
 
 
-_refuse_p.def_impl(jax.jit(_on_this_platform, static_argnames="refusal"))
+_refuse_p.def_impl(_eager)
 _refuse_p.def_abstract_eval(lambda wrong, detail, *, refusal: ShapedArray((), jnp.int32))
 mlir.register_lowering(_refuse_p, _lower)
 batching.primitive_batchers[_refuse_p] = _batch

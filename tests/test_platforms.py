@@ -92,6 +92,17 @@ def test_an_exported_program_is_the_plain_one(model, name):
             np.testing.assert_array_equal(ours, plain)
 
 
+def test_an_eager_error_is_the_sentence_alone(model):
+    tokens = random_tokens(1, 9, vocab=249)
+    with pytest.raises(ValueError, match=r"^A position is negative or above 2147483646\.$"):
+        model(tokens, positions=jnp.arange(9)[None] - 5)
+    sentence = (
+        "^The tokens have 1 image tokens, but the images give 0 features: .*process\\(\\)\\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        model(tokens.at[0, 3].set(250))
+
+
 def test_backends_are_chosen_from_the_call(model):
     """Each is another program with the same values."""
     tokens = random_tokens(2, 300, vocab=249)

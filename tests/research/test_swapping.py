@@ -1,6 +1,8 @@
 """A part of some layers replaced by another: the same in every way in which a model runs."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -9,25 +11,26 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import FSDP, TENSOR, shard
 from llama4_eqx.layers import (
     MLP,
     Attention,
-    Context,
     Execution,
     FeedForward,
     Probe,
     RMSNorm,
     SequenceMixer,
 )
-from llama4_eqx.layers.collectives import psum_over
 from llama4_eqx.layers.context import PLAIN
 from llama4_eqx.research import Ablate, Scale, layer, replaced
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import SCOUT, random_tokens, relative_error
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from swap_attention import LinearAttention
 
 TOLERANCE = 1e-5
 CONFIG = replace(SCOUT, num_hidden_layers=12)
@@ -54,57 +57,6 @@ class Doubled(SequenceMixer):
 
     def empty_cache(self, batch_shape, capacity):
         return self.inner.empty_cache(batch_shape, capacity)
-
-
-class State(eqx.Module):
-    """What linear attention remembers: sums over the tokens read."""
-
-    weighted: Float[Array, "*batch heads head_dim value_dim"]
-    total: Float[Array, "*batch heads head_dim"]
-
-
-class LinearAttention(SequenceMixer):
-    """`φ(q) · Σ φ(k) vᵀ / φ(q) · Σ φ(k)`, a state of constant size in place of a cache."""
-
-    q_proj: Float[Array, "heads head_dim hidden"]
-    k_proj: Float[Array, "heads head_dim hidden"]
-    v_proj: Float[Array, "heads head_dim hidden"]
-    o_proj: Float[Array, "hidden heads head_dim"]
-
-    def __init__(self, hidden: int, heads: int, head_dim: int, *, key: PRNGKeyArray) -> None:
-        *keys, o_key = jax.random.split(key, 4)
-        self.q_proj, self.k_proj, self.v_proj = (
-            jax.random.normal(k, (heads, head_dim, hidden)) / hidden**0.5 for k in keys
-        )
-        self.o_proj = jax.random.normal(o_key, (hidden, heads, head_dim)) / hidden**0.5
-
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq hidden"],
-        context: Context,
-        cache: State | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "*batch seq hidden"], State | None]:
-        real = (context.tokens.segments >= 0)[..., None, None]
-        q = jax.nn.elu(jnp.einsum("...sd,hkd->...shk", x, self.q_proj)) + 1
-        k = jnp.where(real, jax.nn.elu(jnp.einsum("...sd,hkd->...shk", x, self.k_proj)) + 1, 0)
-        v = jnp.einsum("...sd,hkd->...shk", x, self.v_proj)
-        weighted = jnp.cumsum(jnp.einsum("...shk,...shv->...shkv", k, v), axis=-4)
-        total = jnp.cumsum(k, axis=-3)
-        if cache is not None:
-            weighted += cache.weighted[..., None, :, :, :]
-            total += cache.total[..., None, :, :]
-            cache = State(weighted[..., -1, :, :, :], total[..., -1, :, :])
-        out = jnp.einsum("...shk,...shkv->...shv", q, weighted)
-        out /= jnp.einsum("...shk,...shk->...sh", q, total)[..., None] + 1e-6
-        out = jnp.einsum("...shv,dhv->...sd", out, self.o_proj)
-        return psum_over(out, context.execution.mesh_axes.heads), cache
-
-    def empty_cache(self, batch_shape: tuple[int, ...], capacity: int) -> State:
-        heads, head_dim, _ = self.q_proj.shape[-3:]
-        shape = (*batch_shape, heads, head_dim)
-        return State(jnp.zeros((*shape, head_dim)), jnp.zeros(shape))
 
 
 class Gelu(FeedForward):
