@@ -309,6 +309,7 @@ class Decoder(eqx.Module):
             start=jnp.full(batch_shape, start, jnp.int32),
             length=jnp.zeros(batch_shape, jnp.int32),
             capacity=capacity,
+            stacked=tuple(block.repeats is not None for block in self.blocks),
         )
 
 

@@ -17,8 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else pytest-xdist's first p
         os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     )
 
-import jax  # noqa: E402 (the settings above are read at its import)
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,10 +1,7 @@
 """From a prompt to new tokens: prefill, single steps, and the whole loop on the device."""
 
-import operator
-from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -12,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from llama4_eqx.generation.sampling import Greedy, Sampler
+from llama4_eqx.generation.request import Request, with_request
 from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
-from llama4_eqx.model import Llama4
+from llama4_eqx.layers.sites import Readings
+from llama4_eqx.model import Llama4, Output
 from llama4_eqx.run_time_checks import refuse_if
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @eqx.filter_jit
@@ -32,18 +28,12 @@ def prefill(
     """Reads a prompt or its next part: the logits after each row's last token, and the cache.
 
     `forward` are keywords of the model's call: `mask`, `pixel_values`, `image_embeddings`, `probe`,
-    of which only edits have an effect here. A long
-    prompt may be read in parts, each with the cache that the last call returned and the images of
-    its own tokens. The logits of a row without a real token are meaningless.
+    of which only edits have an effect here. A long prompt may be read in parts, each with the cache
+    that the last call returned and the images of its own tokens. The logits of a row without a real
+    token are meaningless.
     """
     output = model(tokens, cache=cache, **forward)
-    mask = forward.get("mask")
-    if mask is None:
-        last = output.hidden[..., -1, :]
-    else:
-        index = mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
-        last = jnp.take_along_axis(output.hidden, index[..., None, None], axis=-2)[..., 0, :]
-    return model.unembed(last), cast(KVCache, output.cache)
+    return _last_logits(model, output, forward.get("mask")), cast(KVCache, output.cache)
 
 
 @eqx.filter_jit
@@ -55,159 +45,253 @@ def decode_step(
     return output.logits[..., 0, :], cast(KVCache, output.cache)
 
 
-def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
-    if stop_ids is None:
-        return ()
-    ids = [stop_ids] if np.ndim(stop_ids) == 0 else stop_ids
-    return tuple(operator.index(i) for i in ids)
+class Generation(eqx.Module):
+    """What `generate_output` returns. `*batch` ends in an axis of samples if they were asked for.
 
-
-class Request(eqx.Module):
-    """What to continue, and how: the arguments of `generate` and `stream`.
-
-    `mask` (True at real tokens, padding on any side) lets prompts of different lengths share a
-    batch; `pixel_values` or `image_embeddings` are those of the model's call. Generation ends when
-    every row has met one of the `stop_ids`. Samplers that draw need a `key`. The edits of a `probe`
-    apply to the prompt and to each step: write them as an `Edit`, since each new plain function is
-    compiled anew.
+    `tokens` are those of `generate`; of each row the first `lengths` are new, with the stop id.
+    `logprobs` are the natural logarithms of the probabilities that the model gave them, before
+    processors and sampler; 0 after a row's end. `readings` have what the probe read of the prompt
+    and of each new token but the last, which the model hasn't read, joined along `seq`: zeros for
+    the rows' last steps if all of them ended early. `cache` holds the same tokens, and the repeated
+    stop ids of rows that ended before others.
     """
 
-    tokens: TokenIds
-    _: KW_ONLY
-    max_new_tokens: int = eqx.field(converter=operator.index)
-    mask: Bool[Array, "*batch seq"] | None = None
-    pixel_values: Float[Array, "tiles channels height width"] | None = None
-    image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None
-    sampler: Sampler = Greedy()
-    key: PRNGKeyArray | None = None
-    stop_ids: tuple[int, ...] = eqx.field(default=(), converter=_as_stop_ids)
-    probe: Probe | None = None
-
-    def __check_init__(self) -> None:
-        if np.shape(self.tokens)[-1:] == (0,):
-            raise ValueError("A prompt needs at least one token.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}.")
-        if self.key is None and not isinstance(self.sampler, Greedy):
-            raise ValueError(
-                f"{type(self.sampler).__name__} draws at random: pass key=jax.random.key(seed)."
-            )
-
-    def is_stop(self, token: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
-        """Whether each token is one of the stop ids."""
-        return jnp.isin(token, jnp.asarray(self.stop_ids, token.dtype))
+    tokens: Int[Array, "*batch new"]
+    lengths: Int[Array, "*batch"]
+    logprobs: Float[Array, "*batch new"]
+    readings: Readings
+    cache: KVCache
 
 
-def _with_request(
-    run: Callable[[Llama4, Request], T], request: Callable[P, Request] = Request
-) -> Callable[Concatenate[Llama4, P], T]:
-    """`run(model, request)` as a function of the model and the request's arguments."""
-
-    @wraps(run)
-    def call(model: Llama4, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return run(model, request(*args, **kwargs))
-
-    return call
-
-
-@_with_request
+@with_request
 def generate(model: Llama4, request: Request) -> Int[Array, "*batch new"]:
     """The continuation of each prompt, `max_new_tokens` long: `generate(model, tokens,
     max_new_tokens=100)`, with the arguments of `Request`.
 
-    Compiled once for each shape; the loop runs on the device. A row that has stopped repeats its
-    stop id to the end. On a CPU, pass `model.unstacked()`.
+    The loop runs on the device. It is compiled for the batch's shape and for lengths rounded up, so
+    that prompts of all lengths share a few programs. A row that has stopped repeats its stop id to
+    the end. On a CPU, pass `model.unstacked()`.
     """
-    new, all_numbers = _generate(model, request)
-    return _with_numbers(new, all_numbers)
+    return _generation(model, request).tokens
 
 
-@_with_request
+@with_request
+def generate_output(model: Llama4, request: Request) -> Generation:
+    """`generate`, and with the tokens how probable each was, what the probe read, and the cache."""
+    return _generation(model, request)
+
+
+@with_request
 def stream(model: Llama4, request: Request) -> Iterator[Int[Array, "*batch"]]:
     """Yields the tokens of `generate` one step at a time, until every row has stopped."""
-    state, cache = _begin(model, request)
+    bucketed, room = request.bucketed(model)
+    state, cache, _ = _begin(model, bucketed, room)
     for left in range(request.max_new_tokens - 1, -1, -1):
-        yield _with_numbers(state.token, state.all_numbers)
+        yield _refuse_failure(state.token, state.failure)
         if left == 0 or bool(jnp.all(state.stopped)):
             return
-        state, cache = _advance_in_place((model, request, state), cache)
+        state, cache = _advance_in_place((model, bucketed, state), cache)
+
+
+# What can go wrong at a step: none of these is ever answered with token 0.
+_FAILURES = (
+    "The model's logits are NaN: its weights or its input are damaged.",
+    "The processors forbid every token: let them allow a stop id where the text may end.",
+)
 
 
 class _State(eqx.Module):
     """One moment of generation: each row's newest token, which the model hasn't read yet."""
 
     token: Int[Array, "*batch"]
+    logprob: Float[Array, "*batch"]
     stopped: Bool[Array, "*batch"]
-    all_numbers: Bool[Array, ""]  # no logit so far was NaN
+    failure: Bool[Array, "failures"]  # of all steps so far
+    memory: tuple[PyTree, ...]  # the processors' states
     key: PRNGKeyArray
 
 
-def _with_numbers(
-    tokens: Int[Array, "*batch"], all_numbers: Bool[Array, ""]
-) -> Int[Array, "*batch"]:
-    """The tokens, or an error where they were chosen among logits that aren't numbers."""
-    sentence = "The model's logits are NaN: its weights or its input are damaged."
-    if isinstance(all_numbers, Tracer):
-        return tokens + refuse_if(~all_numbers, sentence)
-    if not bool(all_numbers):
-        raise ValueError(sentence)
+def _refuse_failure(
+    tokens: Int[Array, "*shape"], failure: Bool[Array, "failures"]
+) -> Int[Array, "*shape"]:
+    """The tokens, or an error if they were chosen where nothing could be."""
+    if isinstance(failure, Tracer):
+        for i, sentence in enumerate(_FAILURES):
+            tokens += refuse_if(failure[i], sentence)
+        return tokens
+    for failed, sentence in zip(np.asarray(failure), _FAILURES, strict=True):
+        if failed:
+            raise ValueError(sentence)
     return tokens
 
 
+def _last_logits(
+    model: Llama4, output: Output, mask: Bool[ArrayLike, "*batch seq"] | None
+) -> Float[Array, "*batch vocab"]:
+    """The logits after each row's last real token."""
+    if mask is None:
+        return model.unembed(output.hidden[..., -1, :])
+    index = output.hidden.shape[-2] - 1 - jnp.argmax(jnp.flip(mask, axis=-1), axis=-1)
+    return model.unembed(jnp.take_along_axis(output.hidden, index[..., None, None], -2)[..., 0, :])
+
+
 @eqx.filter_jit
-def _begin(model: Llama4, request: Request) -> tuple[_State, KVCache]:
+def _begin(model: Llama4, request: Request, room: int) -> tuple[_State, KVCache, Readings]:
+    """The state after the prompt, its cache with room for the new tokens, and what was read."""
     tokens = token_ids(request.tokens, model.embed_tokens.shape[0])
     *batch_shape, seq = tokens.shape
-    # The last new token is never read, so it needs no room.
-    cache = model.empty_cache(tuple(batch_shape), seq + request.max_new_tokens - 1)
-    logits, cache = prefill(
-        model,
+    cache = request.cache
+    if cache is None:  # the last new token is never read, so it needs no room
+        cache = model.empty_cache(tuple(batch_shape), seq + room - 1)
+    output = model(
         tokens,
-        cache,
+        cache=cache,
         mask=request.mask,
         pixel_values=request.pixel_values,
         image_embeddings=request.image_embeddings,
         probe=request.probe,
     )
+    logits = _last_logits(model, output, request.mask)
+    cache, readings = cast(KVCache, output.cache), output.readings
+    mask = jnp.ones(tokens.shape, bool) if request.mask is None else jnp.asarray(request.mask)
+    if request.samples is not None:
+        logits, tokens, mask = (_copies(x, request.samples, -1) for x in (logits, tokens, mask))
+        cache = cache.repeat(request.samples)
+        readings = {
+            site: _copies(x, request.samples, axis)
+            for (site, x), axis in zip(readings.items(), _seq_axes(model, readings), strict=True)
+        }
+    memory = tuple(
+        processor.init(tokens, mask, vocab=logits.shape[-1], max_new_tokens=room)
+        for processor in request.processors
+    )
     key = jax.random.key(0) if request.key is None else request.key
-    sample_key, key = jax.random.split(key)
-    token = request.sampler(logits, sample_key)
-    return _State(token, request.is_stop(token), ~jnp.any(jnp.isnan(logits)), key), cache
+    nothing = _State(
+        token=jnp.zeros(logits.shape[:-1], jnp.int32),
+        logprob=jnp.zeros(logits.shape[:-1]),
+        stopped=jnp.zeros(logits.shape[:-1], bool),
+        failure=jnp.zeros(len(_FAILURES), bool),
+        memory=memory,
+        key=key,
+    )
+    return _choose(request, nothing, logits), cache, readings
+
+
+def _choose(request: Request, old: _State, logits: Float[Array, "*batch vocab"]) -> _State:
+    """The state with each row's next token; rows that have stopped repeat their last."""
+    allowed = logits
+    for processor, memory in zip(request.processors, old.memory, strict=True):
+        allowed = processor(allowed.astype(jnp.float32), memory)
+    sample_key, key = jax.random.split(old.key)
+    token = jnp.where(old.stopped, old.token, request.sampler(allowed, sample_key))
+    probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    logprob = jnp.take_along_axis(probabilities, token[..., None], axis=-1)[..., 0]
+    forbidden = jnp.max(allowed, axis=-1) == -jnp.inf
+    return _State(
+        token=token,
+        logprob=jnp.where(old.stopped, 0, logprob),
+        stopped=old.stopped | request.is_stop(token),
+        failure=old.failure
+        | jnp.stack([jnp.any(jnp.isnan(logits)), jnp.any(forbidden & ~old.stopped)]),
+        memory=tuple(
+            processor.update(memory, token)
+            for processor, memory in zip(request.processors, old.memory, strict=True)
+        ),
+        key=key,
+    )
 
 
 def _advance(
     model: Llama4, request: Request, state: _State, cache: KVCache
-) -> tuple[_State, KVCache]:
-    logits, cache = decode_step(model, state.token, cache, request.probe)
-    sample_key, key = jax.random.split(state.key)
-    token = jnp.where(state.stopped, state.token, request.sampler(logits, sample_key))
-    all_numbers = state.all_numbers & ~jnp.any(jnp.isnan(logits))
-    return _State(token, state.stopped | request.is_stop(token), all_numbers, key), cache
+) -> tuple[_State, KVCache, Readings]:
+    output = model(state.token[..., None], cache=cache, probe=request.probe)
+    state = _choose(request, state, output.logits[..., 0, :])
+    return state, cast(KVCache, output.cache), output.readings
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _advance_in_place(
     not_donated: tuple[Llama4, Request, _State], cache: KVCache
 ) -> tuple[_State, KVCache]:
-    return _advance(*not_donated, cache)
+    return _advance(*not_donated, cache)[:2]
+
+
+def _generation(model: Llama4, request: Request) -> Generation:
+    bucketed, room = request.bucketed(model)
+    found, failure = _generate(model, bucketed, room)
+    tokens, asked = _refuse_failure(found.tokens, failure), request.max_new_tokens
+    readings, logprobs = found.readings, found.logprobs
+    if room > asked:  # cut in NumPy: JAX would compile a slice of each length
+        tokens, logprobs = (jax.device_put(np.asarray(x)[..., :asked]) for x in (tokens, logprobs))
+        axes = _seq_axes(model, readings)
+        for (site, x), axis in zip(readings.items(), axes, strict=True):
+            x = np.asarray(x)
+            end = x.shape[axis] - (room - asked)
+            readings[site] = jax.device_put(np.moveaxis(np.moveaxis(x, axis, 0)[:end], 0, axis))
+    return Generation(tokens, found.lengths, logprobs, readings, found.cache)
 
 
 @eqx.filter_jit
-def _generate(model: Llama4, request: Request) -> tuple[Int[Array, "*batch new"], Bool[Array, ""]]:
-    state, cache = _begin(model, request)
-    steps = request.max_new_tokens
-    new = jnp.broadcast_to(state.token[..., None], (*state.token.shape, steps))
+def _generate(
+    model: Llama4, request: Request, room: int
+) -> tuple[Generation, Bool[Array, "failures"]]:
+    state, cache, readings = _begin(model, request, room)
+    axes = dict(zip(readings, _seq_axes(model, readings), strict=True))
+    seq = {site: x.shape[axes[site]] for site, x in readings.items()}
+    readings = {
+        site: _padded(x, room - 1, axes[site]) if room > 1 else x for site, x in readings.items()
+    }
+    steps = jnp.arange(room)
+    tokens = jnp.broadcast_to(state.token[..., None], (*state.token.shape, room))
+    logprobs = jnp.where(steps == 0, state.logprob[..., None], 0)
+    lengths = jnp.ones(state.token.shape, jnp.int32)
 
     def unfinished(carry):
-        i, state, _, _ = carry
-        return (i < steps) & ~jnp.all(state.stopped)
+        i, state, *_ = carry
+        return (i < request.max_new_tokens) & ~jnp.all(state.stopped)
 
     def step(carry):
-        i, state, cache, new = carry
-        state, cache = _advance(model, request, state, cache)
+        i, state, cache, tokens, logprobs, lengths, readings = carry
+        lengths += (~state.stopped).astype(jnp.int32)
+        state, cache, read = _advance(model, request, state, cache)
         # From i to the end, so that a loop that ends early leaves each row's stop id repeated.
-        new = jnp.where(jnp.arange(steps) >= i, state.token[..., None], new)
-        return i + 1, state, cache, new
+        tokens = jnp.where(steps >= i, state.token[..., None], tokens)
+        logprobs = jnp.where(steps == i, state.logprob[..., None], logprobs)
+        readings = {
+            site: lax.dynamic_update_slice_in_dim(
+                x, read[site], seq[site] + i - 1, x.ndim + axes[site]
+            )
+            for site, x in readings.items()
+        }
+        return i + 1, state, cache, tokens, logprobs, lengths, readings
 
-    _, state, _, new = lax.while_loop(unfinished, step, (1, state, cache, new))
-    return new, state.all_numbers
+    carry = (1, state, cache, tokens, logprobs, lengths, readings)
+    _, state, cache, tokens, logprobs, lengths, readings = lax.while_loop(unfinished, step, carry)
+    return Generation(tokens, lengths, logprobs, readings, cache), state.failure
+
+
+def _seq_axes(model: Llama4, readings: Readings) -> list[int]:
+    """The axis of tokens of each reading, counted from the end."""
+    sites = model.sites()
+    axes = []
+    for site in readings:
+        words = sites[site].split()
+        if words[:2] != ["*batch", "seq"]:
+            raise ValueError(
+                f"What {site!r} shows, {sites[site]!r}, can't be joined over the steps of a "
+                "generation: read it in a forward call of the whole text."
+            )
+        axes.append(1 - len(words))
+    return axes
+
+
+def _copies(x: Array, copies: int, axis: int) -> Array:
+    """The array with a new axis of copies before `axis`, which is counted from the end."""
+    x = jnp.expand_dims(x, x.ndim + axis)
+    return jnp.repeat(x, copies, axis=axis - 1)
+
+
+def _padded(x: Array, end: int, axis: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, end)
+    return jnp.pad(x, widths)
