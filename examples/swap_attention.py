@@ -80,14 +80,17 @@ class LinearAttention(SequenceMixer):
         return State(jnp.zeros((*shape, head_dim)), jnp.zeros(shape))
 
 
-def make(old: SequenceMixer) -> LinearAttention:
-    return LinearAttention(96, 4, 24, key=jax.random.key(5))
+def swap(model: l4.Llama4) -> l4.Llama4:
+    def make(old: SequenceMixer) -> LinearAttention:
+        return LinearAttention(96, 4, 24, key=jax.random.key(5))
+
+    return replaced(model, "self_attn", make, layers=[LAYER])
 
 
 def main(steps: int = STEPS) -> None:
     tokenizer = byte_tokenizer()
     model = l4.Llama4(config(tokenizer), key=jax.random.key(0))
-    model = replaced(model, "self_attn", make, layers=[LAYER])
+    model = swap(model)
     for block in model.decoder.blocks:
         how = "once" if block.repeats is None else f"scanned {block.repeats} times"
         print(f"{len(block.layers)} layers, {how}")
@@ -96,8 +99,8 @@ def main(steps: int = STEPS) -> None:
         text = prompt(relation, country)
         print(f"{text}{answer(model, tokenizer, text)}")
     with tempfile.TemporaryDirectory() as folder:
-        eqx.tree_serialise_leaves(f"{folder}/model.eqx", model)
-        loaded = eqx.tree_deserialise_leaves(f"{folder}/model.eqx", model)
+        l4.save_checkpoint(model, folder)
+        loaded = l4.load_checkpoint(folder, make=swap)
     print(f"loaded again: {answer(loaded, tokenizer, prompt('capital', 'Poland'))}")
 
 

@@ -75,7 +75,7 @@ def axis_words(tree: PyTree) -> dict[str, tuple[str, ...]]:
         if isinstance(value, jax.Array | jax.ShapeDtypeStruct):
             found[leaf_name(path)] = _words(value, hint, leaf_name(path))
         elif isinstance(value, eqx.Module):
-            hints = _field_hints(type(value))
+            hints = field_hints(type(value))
             for field in dataclasses.fields(value):
                 inner = getattr(value, field.name, None)
                 walk(inner, hints.get(field.name), (*path, GetAttrKey(field.name)))
@@ -140,7 +140,7 @@ def select(model: PyTree, *patterns: str) -> PyTree:
 
 
 @cache
-def _field_hints(cls: type) -> dict[str, Any]:
+def field_hints(cls: type) -> dict[str, Any]:
     """The annotations of a class and its bases, with those written as strings evaluated."""
     hints = {}
     for base in reversed(cls.__mro__):

@@ -34,7 +34,9 @@ _HARMLESS = frozenset(
     "prompt_lookup_num_tokens remove_invalid_values renormalize_logits repetition_penalty "
     "return_dict_in_generate return_legacy_cache sequence_bias speculation_type stop_strings "
     "suppress_tokens target_lookbehind temperature token_healing top_h top_k top_p typical_p "
-    "use_cache use_model_defaults use_mtp watermarking_config".split()
+    "use_cache use_model_defaults use_mtp watermarking_config "
+    # What `checkpoints.foreign` notes, and checks itself.
+    "llama4_eqx_parts".split()
 )
 # A leading underscore marks private state of the program that wrote the file; the other prefix is
 # the bookkeeping of a training tool. transformers reads no hyperparameter from either.

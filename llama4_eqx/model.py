@@ -29,6 +29,7 @@ from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.parallel import Parallel, SingleDevice
 from llama4_eqx.projector import MultiModalProjector
 from llama4_eqx.run_time_checks import refuse_if
+from llama4_eqx.summary import model_repr
 from llama4_eqx.vision import VisionModel
 
 
@@ -213,6 +214,9 @@ class Llama4(eqx.Module):
                 "The cache was made for another model: use this model's empty_cache (that of its "
                 "unstacked() form differs, too)."
             )
+
+    def __repr__(self) -> str:
+        return model_repr(self)
 
     def unstacked(self) -> "Llama4":
         """The same model with each layer's weights as separate arrays; see `Decoder.unstacked`."""

@@ -1,6 +1,6 @@
 """The config is the truth about a model: comparing the two, and giving a model another config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import DecoderBlock, DecoderLayer
+from llama4_eqx.layers.foreign import foreign_parts, part_at
 from llama4_eqx.model import Llama4
 
 # Axes that may grow: their new entries are drawn at random.
@@ -21,16 +22,17 @@ _GROWING = ("experts", "vocab")
 
 def difference(model: Llama4) -> str | None:
     """The first thing in which a model isn't what its config describes, as a phrase; None if there
-    is none. How layers are stacked, dtypes and devices aren't compared."""
+    is none. How layers are stacked, dtypes and devices aren't compared, nor are layers' parts of
+    classes that aren't this package's."""
     ours, theirs = _shapes(model), _described(model.config)
-    pairs = [("", _without_layers(ours), _without_layers(theirs))]
+    pairs: list[tuple[str, Any, Any]] = [("", _without_layers(ours), _without_layers(theirs))]
     our_layers, their_layers = _layers(ours), _layers(theirs)
     if len(our_layers) != len(their_layers):
         return f"it has {len(our_layers)} layers, where the config says {len(their_layers)}"
-    pairs += [
-        (f"layer {i}'s ", *pair)
-        for i, pair in enumerate(zip(our_layers, their_layers, strict=True))
-    ]
+    for i, (our, their) in enumerate(zip(our_layers, their_layers, strict=True)):
+        foreign = foreign_parts(our)
+        if "" not in foreign:
+            pairs.append((f"layer {i}'s ", _without(our, foreign), _without(their, foreign)))
     for prefix, our, their in pairs:
         found = _difference(our, their)
         if found is not None:
@@ -104,6 +106,12 @@ def _layers(shapes: Llama4) -> list[DecoderLayer]:
 
 def _without_layers(model: Llama4) -> Llama4:
     return eqx.tree_at(lambda m: m.decoder.blocks, model, ())
+
+
+def _without(layer: DecoderLayer, parts: Iterable[str]) -> DecoderLayer:
+    for path in parts:
+        layer = eqx.tree_at(part_at(path), layer, None)
+    return layer
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ PACKAGE = Path(l4.__file__).parent
 # From the bottom up. An import goes to a lower floor, or to another file of the same folder.
 FLOORS = (
     ("hf_config", "axes", "lowering", "run_time_checks", "processing"),
-    ("config_checks", "input_checks", "layers", "linen"),
+    ("config_checks", "input_checks", "layers", "linen", "shape_checks", "summary"),
     ("config",),
     ("decoder", "projector"),
     ("vision",),
@@ -39,7 +39,7 @@ FLOORS = (
 # Words of the annotations that aren't axes of a parameter or of the model's interface.
 LOCAL_AXES = set(
     "size in_features out_features new group shuffled devices q_block kv_block q_blocks kv_blocks "
-    "n positions kinds texts ...".split()
+    "n positions kinds texts beams states failures shape ...".split()
 )
 # Names that the field has another word for. In prose some of them are plain English.
 RETIRED = set(

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from itertools import groupby
@@ -17,12 +17,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from safetensors import safe_open
 
 from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
 from llama4_eqx.checkpoints.folder_kinds import require_checkpoint
 from llama4_eqx.checkpoints.folder_replacement import recover
+from llama4_eqx.checkpoints.foreign import check_parts
 from llama4_eqx.checkpoints.generation_config import with_generation_ids
 from llama4_eqx.checkpoints.safetensors_io import DTYPES, Header, read_headers, reader
 from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
@@ -37,6 +38,7 @@ from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed.rules import RulesLike
 from llama4_eqx.distributed.sharding import shardings, with_mesh
 from llama4_eqx.model import Llama4
+from llama4_eqx.regraft import with_config
 
 T = TypeVar("T")
 _ATTEMPTS = 5
@@ -49,6 +51,8 @@ def load_checkpoint(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: RulesLike | None = None,
+    make: Callable[[Llama4], Llama4] | None = None,
+    config: Llama4Config | None = None,
     progress: bool | None = None,
 ) -> Llama4:
     """Reads a checkpoint folder, text-only or multimodal.
@@ -63,6 +67,10 @@ def load_checkpoint(
     What is in the folder is read as `transformers` reads it: `model.safetensors` goes before an
     index, `generation_config.json` gives the stop ids, and a tied config whose file has another
     head gives an untied model.
+
+    `make` is needed where `save_checkpoint` has stored parts of a user's own classes: it puts such
+    parts into a model of the folder's config. With a `config`, the parameters that were loaded get
+    another one, as `llama4_eqx.with_config` does it.
 
     With a mesh and rules, the model is sharded as `shard` does it, and each process reads only what
     its devices hold. With several processes, each must make the same call.
@@ -82,13 +90,13 @@ def load_checkpoint(
         recover(Path(os.path.realpath(folder)))
         before = _identity(folder)
         try:
-            model = _load(folder, part, dtype, mesh, rules, progress)
+            model = _load(folder, part, dtype, mesh, rules, make, progress)
         except (OSError, ValueError):
             if _identity(folder) == before:
                 raise
         else:
             if _identity(folder) == before:
-                return model
+                return model if config is None else with_config(model, config)
             del model
     raise CheckpointError(
         f"{folder} was replaced {_ATTEMPTS} times while it was read: load it when it is at rest."
@@ -101,6 +109,7 @@ def _load(
     dtype: DTypeLike | None,
     mesh: Mesh | None,
     rules: RulesLike | None,
+    make: Callable[[Llama4], Llama4] | None,
     progress: bool | None,
 ) -> Llama4:
     require_checkpoint(folder)
@@ -120,7 +129,9 @@ def _load(
         return config.vision_config is not None or not is_vision(name)
 
     headers = {name: header for name, header in read_headers(folder).items() if selected(name)}
-    shapes = eqx.filter_eval_shape(Llama4, config, key=jax.random.key(0))
+    shapes = _shapes(config, make)
+    if part != "vision":
+        check_parts(folder, shapes, made=make is not None)
     wanted = [t for t in tensors(shapes, text_prefix=prefix) if selected(t.name)]
     known = {tensor.name: tensor.shape for tensor in wanted}
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
@@ -133,7 +144,7 @@ def _load(
         elif not _equal(found[embedding], found[head]):
             text_config = dataclasses.replace(config.text_config, tie_word_embeddings=False)
             config = dataclasses.replace(config, text_config=text_config)
-            shapes = eqx.filter_eval_shape(Llama4, config, key=jax.random.key(0))
+            shapes = _shapes(config, make)
             wanted = [t for t in tensors(shapes, text_prefix=prefix) if selected(t.name)]
     dtypes = _check(wanted, found, problems, folder, dtype)
 
@@ -155,6 +166,14 @@ def _load(
             leaves[i] = put(leaves[i], layer, value)
     model = jax.tree.unflatten(structure, leaves)
     return model if mesh is None or rules is None else with_mesh(model, mesh, rules)
+
+
+def _shapes(config: Llama4Config, make: Callable[[Llama4], Llama4] | None) -> Llama4:
+    def init(key: PRNGKeyArray) -> Llama4:
+        model = Llama4(config, key=key)
+        return model if make is None else make(model)
+
+    return eqx.filter_eval_shape(init, jax.random.key(0))
 
 
 def _float_dtype(dtype: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llama4_eqx.checkpoints import generation_config
 from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.foreign import FOREIGN_PARTS, parts_note
 from llama4_eqx.checkpoints.safetensors_io import (
     INDEX,
     SINGLE,
@@ -46,6 +47,9 @@ def save_checkpoint(
     `overwrite`; other files in the folder, such as a tokenizer, stay. The next save to the folder
     removes the hidden folders of killed ones. A link to a folder stays a link.
 
+    Layers may have parts of your own classes (`llama4_eqx.research.replaced`): their parameters are
+    stored under their paths and noted in `config.json`, and `load_checkpoint(make=…)` reads them.
+
     The shards of a sharded model are written in parts, without gathering them. With several
     processes, each must make the same call with a folder that all of them share; if one fails, all
     raise.
@@ -62,7 +66,7 @@ def save_checkpoint(
     if found is not None:
         raise ValueError(
             f"The model isn't what its config describes: {found}. Give it a config that fits with "
-            "llama4_eqx.with_config; parts of your own go to equinox's tree_serialise_leaves."
+            "llama4_eqx.with_config."
         )
     first = jax.process_index() == 0
     staging: Staging | None = None
@@ -172,6 +176,9 @@ def _create(model: Llama4, files: list[_File], folder: Path, old: Path) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
         _write_json(folder / INDEX, index)
     config = model.config.to_hf() | {"torch_dtype": model.embed_tokens.dtype.name}
+    parts = parts_note(model)
+    if parts:
+        config[FOREIGN_PARTS] = parts
     _write_json(folder / "config.json", config)
     generation = generation_config.updated(old, model.config.text_config)
     if generation is not None:

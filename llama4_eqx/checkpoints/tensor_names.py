@@ -2,7 +2,8 @@
 
 The tables below hold the whole mapping. A leaf equals its tensor but for its shape: parentheses
 join axes that are one axis of the checkpoint, and `ff | …` is the first half of an axis, `… | ff`
-the second. Leaves of stacked layers hold one tensor of each layer. Nothing is transposed.
+the second. Leaves of stacked layers hold one tensor of each layer. Nothing is transposed. Leaves of
+parts that users have written keep their own names and axes.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import jax
 
 from llama4_eqx.axes import leaf_name
+from llama4_eqx.layers.foreign import foreign_parts
 from llama4_eqx.model import Llama4
 
 
@@ -142,10 +144,10 @@ def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:
 def _tensors_of_leaf(
     model: Llama4, leaf: int, name: str, shape: tuple[int, ...], text_prefix: str
 ) -> list[Tensor]:
-    def whole(prefix: str, row: tuple[str, str]) -> list[Tensor]:
+    def whole(prefix: str, row: tuple[str, str | None]) -> list[Tensor]:
         return [Tensor(prefix + row[0], *_axes(shape, row[1]), leaf, None)]
 
-    def stacked(prefix: str, numbers: range, row: tuple[str, str]) -> list[Tensor]:
+    def stacked(prefix: str, numbers: range, row: tuple[str, str | None]) -> list[Tensor]:
         axes = _axes(shape[1:], row[1])
         return [Tensor(f"{prefix}{n}.{row[0]}", *axes, leaf, i) for i, n in enumerate(numbers)]
 
@@ -161,14 +163,15 @@ def _tensors_of_leaf(
     if name != in_encoder_layer and in_encoder_layer in VISION_LAYER:
         row = VISION_LAYER[in_encoder_layer]
         return stacked("vision_model.model.layers.", range(shape[0]), row)
-    if in_decoder is None or in_decoder[3] not in TEXT_LAYER:
+    row = None if in_decoder is None else _row_in_layer(model, in_decoder)
+    if in_decoder is None or row is None:
         if name.endswith(".expert_bias"):
             raise ValueError(
                 f"{name} has no place in a checkpoint of Llama 4: remove it with "
                 "llama4_eqx.training.without_expert_bias(model) before saving."
             )
         raise ValueError(f"The leaf {name} has no tensor: add it to the tables of tensor_names.py.")
-    row, number = TEXT_LAYER[in_decoder[3]], int(in_decoder[2])
+    number = int(in_decoder[2])
     layers = f"{text_prefix}model.layers."
     *before, block = model.decoder.blocks[: int(in_decoder[1]) + 1]
     first = sum(b.depth for b in before)
@@ -177,9 +180,22 @@ def _tensors_of_leaf(
     return stacked(layers, range(first + number, first + block.depth, len(block.layers)), row)
 
 
-def _axes(sizes: tuple[int, ...], row: str) -> tuple[tuple[tuple[int, ...], ...], int | None]:
+def _row_in_layer(model: Llama4, in_decoder: re.Match[str]) -> tuple[str, str | None] | None:
+    """The tensor of a layer's leaf and its axes, None for those of the leaf itself."""
+    block, number, name = int(in_decoder[1]), int(in_decoder[2]), in_decoder[3]
+    layer = model.decoder.blocks[block].layers[number]
+    if any(f"{name}.".startswith(path) for path in foreign_parts(layer)):
+        return name, None
+    return TEXT_LAYER.get(name)
+
+
+def _axes(
+    sizes: tuple[int, ...], row: str | None
+) -> tuple[tuple[tuple[int, ...], ...], int | None]:
     """The sizes joined as a row of a table joins them, and which half of the tensor they are:
     sizes 4, 8, 5 and `(a b) c | …` give ((4, 8), (5,)) and 0."""
+    if row is None:
+        return tuple((size,) for size in sizes), None
     half = 0 if row.endswith("| …") else 1 if "… |" in row else None
     rest = list(sizes)
     groups = [len(group.split()) for group in re.findall(r"\([^)]*\)|[^\s|…]+", row)]

@@ -50,8 +50,8 @@ def beam_search(
     found = _search(model, bucketed, room, beams, jnp.asarray(length_penalty, jnp.float32))
     if room == asked.max_new_tokens:
         return found
-    cut = jax.device_put(np.asarray(found.tokens)[..., : asked.max_new_tokens])
-    return BeamSearch(cut, found.scores)
+    new = jax.device_put(np.asarray(found.tokens)[..., : asked.max_new_tokens])
+    return BeamSearch(new, found.scores)
 
 
 class _Beams(eqx.Module):
@@ -146,8 +146,8 @@ def _extended(
     all_scores = jnp.concatenate([state.finished.scores, final], axis=-1)
     all_tokens = jnp.concatenate([state.finished.tokens, tokens], axis=-2)
     all_finished = jnp.concatenate([state.is_finished, finishes], axis=-1)
-    finished_scores, kept = lax.top_k(all_scores, beams)
-    is_finished = _of_beams(all_finished, kept)
+    finished_scores, of_all = lax.top_k(all_scores, beams)
+    is_finished = _of_beams(all_finished, of_all)
     worst = jnp.where(is_finished, finished_scores[..., -1:], _LOWEST)
     possible = running[..., :1] / (i + 1.0) ** length_penalty
     return _Beams(
@@ -158,7 +158,7 @@ def _extended(
             processor.update(jax.tree.map(lambda x: _of_beams(x, best_parent), memory), best_token)
             for processor, memory in zip(request.processors, state.memory, strict=True)
         ),
-        finished=BeamSearch(_of_beams(all_tokens, kept), finished_scores),
+        finished=BeamSearch(_of_beams(all_tokens, of_all), finished_scores),
         is_finished=is_finished,
         improvable=state.improvable & jnp.any(possible > worst, axis=-1),
     )

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 
 from llama4_eqx.decoder import DecoderBlock, DecoderLayer, stacked
+from llama4_eqx.layers.foreign import part_at
 from llama4_eqx.model import Llama4
 
 
@@ -33,6 +34,9 @@ def replaced(
     path below it (`"feed_forward.shared_expert"`); None stands for the layer itself. If the layers
     were stacked, alike ones are stacked again, so that an odd one costs the compile time of a few
     layers, not of all.
+
+    `save_checkpoint` stores the parameters of classes of your own under their own paths, and
+    `load_checkpoint(folder, make=lambda model: replaced(model, …))` reads them.
     """
     blocks = model.decoder.blocks
     every = model.decoder.layers()
@@ -51,12 +55,7 @@ def _with_part(
 ) -> DecoderLayer:
     if part is None:
         return make(old)
-
-    def find(layer: DecoderLayer) -> Any:
-        for name in part.split("."):
-            layer = getattr(layer, name)
-        return layer
-
+    find = part_at(part)
     try:
         new = make(find(old))
     except AttributeError as error:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from llama4_eqx.axes import leaf_name
 from llama4_eqx.lowering import lower
 
 LossFunction = Callable[[Any, Any, PRNGKeyArray], tuple[Array, Array, PyTree]]
@@ -76,13 +78,20 @@ class TrainStep:
     """`state, metrics = step(state, batch)`, compiled; donates the old state."""
 
     _jitted: Any  # what `eqx.filter_jit` returns
+    donates: bool = True
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+                raise ValueError(
+                    f"{leaf_name(path)} of this state was donated to an earlier step: go on from "
+                    "the state that the step returned, or pass donate=False to make_train_step."
+                )
         return self._jitted(batch, state)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the step, from arrays or shapes: see `llama4_eqx.lowering.lower`."""
-        return lower(self, state, batch, donate=0)
+        return lower(self, state, batch, donate=0 if self.donates else None)
 
 
 def make_train_step(
@@ -95,6 +104,7 @@ def make_train_step(
     compute_dtype: DTypeLike | None = None,
     ema_decay: float = 0.999,
     after_update: Callable[[Any, StepMetrics], Any] | None = None,
+    donate: bool = True,
 ) -> TrainStep:
     """A step of `optimizer` down the gradient of `loss_function`.
 
@@ -110,6 +120,9 @@ def make_train_step(
 
     `after_update(model, metrics)` may change the model last, outside of any gradient; see
     `llama4_eqx.training.expert_bias`.
+
+    The step reuses the memory of the old state, which can't be used again. With `donate=False` it
+    stays usable, as suits a notebook, and takes the memory of a second one.
     """
 
     if clip_norm is not None and not clip_norm > 0:
@@ -143,7 +156,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return lax.scan(add, zeros, (batch, keys))[0]
 
-    @eqx.filter_jit(donate="all-except-first")
+    @eqx.filter_jit(donate="all-except-first" if donate else "none")
     def step(batch: PyTree, state: TrainState) -> tuple[TrainState, StepMetrics]:
         trained, frozen = eqx.partition(state.model, trainable)
         key = jax.random.fold_in(state.key, state.step)
@@ -166,7 +179,7 @@ def make_train_step(
             model = after_update(model, metrics)
         return TrainState(model, opt_state, ema, state.step + 1, state.key), metrics
 
-    return TrainStep(step)
+    return TrainStep(step, donate)
 
 
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:

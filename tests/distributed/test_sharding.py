@@ -163,7 +163,8 @@ def test_low_rank_updates():
     sizes, rules = PRESETS["exchange"]
     mesh, model = make_mesh(sizes), l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
     lora = LoRA(model, "decoder.*_proj", "embed_tokens", rank=2, key=jax.random.key(1))
-    optimizer, results = optax.sgd(30.0), []
+    # Steps ten times as large multiply rounding: 1.6e-6 becomes 6e-6 to 2e-5, by how XLA compiles.
+    optimizer, results = optax.sgd(3.0), []
     for place in (lambda tree: tree, lambda tree: shard(tree, mesh, rules)):
         placed = place(jax.tree.map(jnp.copy, lora))
         trainable = select(placed, "updates.*")

@@ -180,3 +180,79 @@ def test_it_is_sharded_by_its_axis_words(model):
     assert relative_error(forward(sharded, tokens), forward(odd, tokens)) < TOLERANCE
     new = l4.generate(sharded, tokens, max_new_tokens=5)
     np.testing.assert_array_equal(new, l4.generate(odd, tokens, max_new_tokens=5))
+
+
+class Noted(MLP):
+    """A subclass with a parameter more."""
+
+    extra: Float[Array, "hidden"]
+
+    def __init__(self, *, key):
+        super().__init__(64, 128, init_std=0.1, dtype=jnp.float32, key=key)
+        self.extra = jax.random.normal(key, (64,))
+
+    def __call__(self, x, *, execution=PLAIN):
+        out, router_logits = super().__call__(x, execution=execution)
+        return out + self.extra, router_logits
+
+
+def with_parts(model):
+    """A mixer of another kind, a wrapper, a subclass deeper down, and a whole layer."""
+    keys = iter(jax.random.split(jax.random.key(3), 100))
+
+    def noted(old):
+        return Noted(key=next(keys))
+
+    def make_linear(old):
+        return LinearAttention(64, 4, 16, key=next(keys))
+
+    model = replaced(model, "self_attn", make_linear, layers=[4])
+    model = replaced(model, "self_attn", Doubled, layers=[1, 6])
+    return replaced(model, "feed_forward.shared_expert", noted, layers=range(8, 12))
+
+
+@pytest.mark.parametrize("form", ["stacked", "unstacked"])
+def test_saved_and_loaded(model, form, tmp_path):
+    swapped = with_parts(model if form == "stacked" else model.unstacked())
+    l4.save_checkpoint(swapped, tmp_path / "model")
+    loaded = l4.load_checkpoint(tmp_path / "model", make=with_parts)
+    tokens = random_tokens(2, 20)
+    truth = forward(swapped, tokens)
+    assert relative_error(forward(loaded, tokens), truth) < TOLERANCE
+    assert relative_error(forward(model, tokens), truth) > 0.1
+    l4.save_checkpoint(loaded, tmp_path / "model", overwrite=True)
+    again = l4.load_checkpoint(tmp_path / "model", make=with_parts, dtype=jnp.bfloat16)
+    assert again.embed_tokens.dtype == jnp.bfloat16
+    with pytest.raises(l4.CheckpointError, match=r"layer 1 with self_attn = Doubled.*Pass make="):
+        l4.load_checkpoint(tmp_path / "model")
+    with pytest.raises(l4.CheckpointError, match="make gives other parts"):
+        l4.load_checkpoint(tmp_path / "model", make=lambda model: model)
+    l4.save_checkpoint(model, tmp_path / "plain")
+    with pytest.raises(l4.CheckpointError, match="it holds none"):
+        l4.load_checkpoint(tmp_path / "plain", make=with_parts)
+
+
+def test_a_whole_layer_is_saved(model, tmp_path):
+    class Thrice(l4.DecoderLayer):
+        def __init__(self, old):
+            for name, value in vars(old).items():
+                setattr(self, name, value)
+
+        def __call__(self, x, context, cache=None, *, key=None):
+            out, cache, router_logits = super().__call__(x, context, cache, key=key)
+            return x + 3 * (out - x), cache, router_logits
+
+    def make(model):
+        return replaced(model, None, Thrice, layers=[7])
+
+    l4.save_checkpoint(make(model), tmp_path / "model")
+    loaded, tokens = l4.load_checkpoint(tmp_path / "model", make=make), random_tokens(2, 20)
+    assert relative_error(forward(loaded, tokens), forward(make(model), tokens)) < TOLERANCE
+
+
+def test_another_part_of_our_own_is_still_refused(model, tmp_path):
+    other = replaced(
+        with_parts(model), "input_layernorm", lambda n: RMSNorm(64, eps=0.1, dtype=jnp.float32), [3]
+    )
+    with pytest.raises(ValueError, match=r"layer 3's input_layernorm\.eps is 0\.1"):
+        l4.save_checkpoint(other, tmp_path / "model")
