@@ -12,7 +12,8 @@ from jax import export
 import llama4_eqx as l4
 from llama4_eqx.layers import Backends
 from llama4_eqx.layers.backends import check_backend
-from tests.toys import MULTIMODAL, random_tokens, relative_error
+from llama4_eqx.lowering import lower
+from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -135,3 +136,34 @@ def test_dense_backends_have_forward_mode_derivatives(model):
     _, forward = jax.jit(lambda: jax.jvp(loss, (embedding,), (tangent,)))()
     backward = jnp.vdot(jax.jit(jax.grad(loss))(embedding), tangent)
     assert abs(forward / backward - 1) < 1e-4  # sums of 16,000 products of either sign
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "between", "empty"])
+def test_padded_rows_that_a_gpu_may_take_as_plain(padding, monkeypatch):
+    """With a GPU in the machine, a run-time test sends rows that are padded at most at their end to
+    attention that knows nothing of padding: real tokens' logits stay what they are."""
+    model = l4.Llama4(l4.Llama4Config(SCOUT), dtype=jnp.bfloat16, key=jax.random.key(0))
+    tokens, index = random_tokens(2, 24), jnp.arange(24)
+    mask = {
+        "right": index < jnp.array([[24], [17]]),
+        "left": index >= jnp.array([[0], [7]]),
+        "between": (index < 5) | (index > jnp.array([[4], [9]])),
+        "empty": index < jnp.array([[24], [0]]),
+    }[padding]
+
+    def outputs():
+        cache = model.empty_cache((2,), 24)
+        first = eqx.filter_jit(lambda m, t, c, mask: m(t, cache=c, mask=mask))
+        one = first(model, tokens[:, :16], cache, mask[:, :16])
+        two = first(model, tokens[:, 16:], one.cache, mask[:, 16:])
+        without = eqx.filter_jit(lambda m, t, mask: m(t, mask=mask).logits)(model, tokens, mask)
+        together = jnp.concatenate([one.logits, two.logits], 1)
+        return np.asarray(without)[mask], np.asarray(together)[mask]
+
+    truth = outputs()
+    for module in ("attention", "blockwise"):
+        monkeypatch.setattr(f"llama4_eqx.layers.{module}.gpus", lambda: (None,))
+    text = lower(lambda m, t, mask: m(t, mask=mask).logits, model, tokens, mask).as_text()
+    assert "stablehlo.case" in text or "stablehlo.if" in text
+    for ours, plain in zip(outputs(), truth, strict=True):
+        np.testing.assert_array_equal(ours, plain)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import normal
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.backends import AttentionBackend
 from llama4_eqx.layers.blockwise import attention
@@ -161,10 +161,11 @@ class Attention(SequenceMixer):
         else:
             backend = context.execution.backends.attention
             run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
-            if context.span is not None and _may_begin_a_row(q, k, context.tokens, backend):
+            dropped = key is not None and self.dropout > 0
+            if not dropped and _may_be_plain_rows(q, k, context.tokens, backend):
                 tokens = replace(context.tokens, contiguous=True)
                 out = lax.cond(
-                    jnp.all(context.span.old_end == 0),
+                    _are_plain_rows(context),
                     lambda: run(q, k, v, tokens, tokens),
                     lambda: run(*operands),
                 )
@@ -218,14 +219,21 @@ class Attention(SequenceMixer):
         return updated, old.all_gather(mesh_axes, slots).concatenate(new), ()
 
 
-def _may_begin_a_row(
+def _may_be_plain_rows(
     q: Array, k: Array, tokens: TokenPositions, backend: AttentionBackend | None
 ) -> bool:
-    """Whether it pays to look, at run time, if these tokens are the first that a cache gets: they
-    are then a row by themselves, for which cuDNN has a kernel."""
-    if backend is not None or not gpus() or varying_axes(q):
+    """Whether it pays to ask `_are_plain_rows` when the program runs."""
+    if backend is not None or not gpus() or varying_axes(q) or tokens.contiguous:
         return False
-    return tokens.unpadded and q.shape[-2] > 1 and fits_cudnn(q, k)
+    return tokens.one_document and q.shape[-2] > 1 and fits_cudnn(q, k)
+
+
+def _are_plain_rows(context: Context) -> Bool[Array, ""]:
+    """Whether each row is one document from position 0 on, with padding at its end if anywhere: the
+    causal mask alone then keeps real tokens from seeing padding, and cuDNN has a kernel for it."""
+    segments = context.tokens.segments
+    plain = jnp.all(segments[..., 1:] <= segments[..., :-1])
+    return plain if context.span is None else plain & jnp.all(context.span.old_end == 0)
 
 
 def _over_one_batch_axis(

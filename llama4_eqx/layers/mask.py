@@ -11,13 +11,13 @@ class TokenPositions(eqx.Module):
     segment); padding and empty cache slots have segment -1, which no query sees.
 
     `contiguous` is True if it is known at trace time that each row is one unpadded document from
-    position 0 on; `unpadded` if it is one from any position on.
+    position 0 on; `one_document` if it is one document from any position on, padded or not.
     """
 
     positions: Int[Array, "*batch seq"]
     segments: Int[Array, "*batch seq"]
     contiguous: bool = eqx.field(static=True, default=False)
-    unpadded: bool = eqx.field(static=True, default=False)
+    one_document: bool = eqx.field(static=True, default=False)
 
 
 def attention_mask(
@@ -49,7 +49,7 @@ def token_positions(
     what came before. `positions` overrides the count; without `segment_ids`, a position
     that doesn't rise begins a new document.
     """
-    unpadded = all(given is None for given in (mask, segment_ids, positions))
+    one_document = segment_ids is None and positions is None
     real = jnp.ones(shape, bool) if mask is None else mask
     begins = jnp.zeros(shape, bool)
     if segment_ids is not None:
@@ -68,8 +68,8 @@ def token_positions(
     return TokenPositions(
         positions=jnp.where(real, positions, 0).astype(jnp.int32),
         segments=jnp.where(real, segments, -1),
-        contiguous=unpadded and start is None,
-        unpadded=unpadded,
+        contiguous=one_document and mask is None and start is None,
+        one_document=one_document,
     )
 
 
