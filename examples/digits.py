@@ -41,6 +41,7 @@ class Example(NamedTuple):
 def load_split() -> tuple[Digits, Digits]:
     """Those to learn from, and those that are held out."""
     pixels, values = load_digits(return_X_y=True)
+    values = np.asarray(values)
     images = np.rint(np.reshape(pixels, (-1, 8, 8)) * 255 / 16).astype(np.uint8)
     return (
         Digits(images[:-HELD_OUT], values[:-HELD_OUT]),

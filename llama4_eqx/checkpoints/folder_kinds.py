@@ -32,8 +32,8 @@ def require_checkpoint(folder: Path) -> None:
                 "transformers would add to it: move one of them to another folder."
             )
         raise CheckpointError(
-            f"{folder} holds an adapter{base}, not a model: merge it into its model "
-            "(`merge_and_unload` of peft) and load the result."
+            f"{folder} holds an adapter{base}, not a model: load its model, and then the adapter "
+            "with llama4_eqx.checkpoints.load_adapter(model, folder)."
         )
     if "config.json" not in names:
         raise FileNotFoundError(f"{folder} has no config.json: {_content(names)}.")

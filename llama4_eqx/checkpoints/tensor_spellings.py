@@ -95,11 +95,11 @@ def find_tensors(
         match = _EXPERT.fullmatch(name)
         if match is not None:
             fused = "down_proj" if match[3] == "down" else "gate_up_proj"
-            whole = _known_name(match[1] + fused, known)
+            whole = known_name(match[1] + fused, known)
             if whole is not None:
                 experts[whole][match[3], int(match[2])] = header
                 continue
-        whole = _known_name(name, known)
+        whole = known_name(name, known)
         if whole is None:
             if not _COMPUTED.search(name):
                 problems.append(f"{name} is surplus: the config has no place for it")
@@ -120,7 +120,8 @@ def find_tensors(
     return found, problems
 
 
-def _known_name(name: str, known: Mapping[str, Any]) -> str | None:
+def known_name(name: str, known: Mapping[str, Any]) -> str | None:
+    """The name under which a tensor is known here, which may have another prefix."""
     for old in _THEIR_PREFIXES:
         for new in _OUR_PREFIXES:
             if name.startswith(old) and new + name[len(old) :] in known:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,22 +127,23 @@ class LmEval(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string or token, or `max_gen_toks` tokens."""
+        asked: list[tuple[str, dict[str, Any]]] = [cast(Any, r.args) for r in requests]
         texts: dict[int, str] = {}
 
         def settings(i: int) -> str:
-            return repr(sorted(requests[i].args[1].items()))
+            return repr(sorted(asked[i][1].items()))
 
-        order = sorted(range(len(requests)), key=lambda i: (settings(i), len(requests[i].args[0])))
-        for _, alike in groupby(order, key=settings):
-            numbers = list(alike)
+        order = sorted(range(len(asked)), key=lambda i: (settings(i), len(asked[i][0])))
+        for _, same in groupby(order, key=settings):
+            numbers = list(same)
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
-                prompts = [requests[i].args[0] for i in batch]
-                options = dict(requests[batch[0]].args[1])
+                prompts = [asked[i][0] for i in batch]
+                options = asked[batch[0]][1]
                 for i, text in zip(batch, self._continue(prompts, options), strict=True):
                     texts[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return [texts[i] for i in range(len(requests))]
+                    self.cache_hook.add_partial("generate_until", asked[i], text)
+        return [texts[i] for i in range(len(asked))]
 
     def _continue(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []

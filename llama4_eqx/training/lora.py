@@ -43,7 +43,7 @@ class LoRA(eqx.Module):
         model: Llama4,
         *patterns: str,
         rank: int,
-        alpha: float | None = None,
+        alpha: float | int | None = None,
         dtype: DTypeLike = jnp.float32,
         key: PRNGKeyArray,
     ) -> None:
@@ -69,6 +69,10 @@ class LoRA(eqx.Module):
             self.updates[name] = Update(
                 jnp.zeros((*lead, rows, rank), dtype), right / math.sqrt(columns)
             )
+
+    def with_updates(self, updates: dict[str, Update]) -> "LoRA":
+        """The same model and scale with these updates, by the names of leaves."""
+        return eqx.tree_at(lambda lora: lora.updates, self, updates)
 
     def attached(self) -> Llama4:
         """The model with its updates, for training.
