@@ -17,6 +17,7 @@ _MAX_BYTES = 16 * 2**20
 _MAX_DIGITS = 400
 
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
+_READABLE = "compressed-tensors"
 
 # Fields that only Llama 4 has: they identify a file that lacks a model_type.
 _OWN = frozenset(
@@ -93,10 +94,12 @@ def reading(source: Source) -> Iterator[Mapping[str, Any]]:
 
 
 def parts(raw: Mapping[str, Any]) -> Parts:
-    """Splits a `config.json`, whole or text-only, and refuses other families' and quantised ones.
+    """Splits a `config.json`, whole or text-only, and refuses other families', and quantised ones
+    that can't be read.
 
     A whole one without a `vision_config` is a text-only model.
     """
+    raw = _without_readable_quantization(raw)
     types = ("llama4", "llama4_text")
     identified = _check_family(raw, "config.json", types, _TEXT_ARCHITECTURES)
     kind = raw.get("model_type") or ("llama4" if is_whole(raw) else "llama4_text")
@@ -121,6 +124,25 @@ def parts(raw: Mapping[str, Any]) -> Parts:
         vision = vision_part(vision)
         identified |= bool(_OWN & vision.keys())
     return Parts(rest, text, vision, identified)
+
+
+def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of quantised tensors, if they are of a kind that can be read: that of
+    `compressed-tensors`, which `checkpoints.compressed` checks. None if they aren't quantised."""
+    for part in (raw, raw.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(settings, Mapping) and settings.get("quant_method") == _READABLE:
+            return settings
+    return None
+
+
+def _without_readable_quantization(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    if quantization(raw) is None:
+        return raw
+    text = raw.get("text_config")
+    if isinstance(text, Mapping):
+        raw = {**raw, "text_config": {k: v for k, v in text.items() if k != _QUANTIZED[0]}}
+    return {k: v for k, v in raw.items() if k != _QUANTIZED[0]}
 
 
 def vision_part(raw: Any) -> Mapping[str, Any]:
@@ -264,14 +286,14 @@ def _require_object(value: Any, where: str) -> None:
 def _check_family(
     raw: Mapping[str, Any], where: str, model_types: Sequence[str], architectures: Sequence[str]
 ) -> bool:
-    """Refuses what isn't Llama 4's or is quantised; returns whether it shows to be Llama 4's."""
+    """Refuses what isn't Llama 4's or can't be dequantised; returns whether it shows to be its."""
     for name in _QUANTIZED:
         if raw.get(name) is not None:
             settings = raw[name] if isinstance(raw[name], Mapping) else {}
             method = shown(settings.get("quant_method", "an unnamed method"))
             raise ValueError(
                 f"The checkpoint is quantised with {method} ({name} in {where}), which isn't "
-                "supported yet: use the bf16 release."
+                f"supported: use the bf16 release, or one of {_READABLE}."
             )
     if "peft_type" in raw:
         raise ValueError(

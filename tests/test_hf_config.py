@@ -369,7 +369,7 @@ def test_the_vision_encoder_of_a_text_only_model():
     "settings",
     [
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "compressed-tensors"},
+        {"quant_method": "gptq", "bits": 4},
         {"bits": 8},
         {},
         "fp8",

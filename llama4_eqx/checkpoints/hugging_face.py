@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from safetensors import safe_open
 
+from llama4_eqx.checkpoints.compressed import with_compressed
 from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
 from llama4_eqx.checkpoints.folder_kinds import require_checkpoint
 from llama4_eqx.checkpoints.folder_replacement import recover
@@ -67,6 +68,10 @@ def load_checkpoint(
     What is in the folder is read as `transformers` reads it: `model.safetensors` goes before an
     index, `generation_config.json` gives the stop ids, and a tied config whose file has another
     head gives an untied model.
+
+    Quantised weights of `compressed-tensors` (FP8 per tensor, channel or block, int8, and packed
+    integers in groups) are dequantised to the dtype of their scales, exactly as that library does
+    it. Activations aren't quantised here, whatever the checkpoint says of them.
 
     `make` is needed where `save_checkpoint` has stored parts of a user's own classes: it puts such
     parts into a model of the folder's config. With a `config`, the parameters that were loaded get
@@ -128,7 +133,8 @@ def _load(
             return is_vision(name)
         return config.vision_config is not None or not is_vision(name)
 
-    headers = {name: header for name, header in read_headers(folder).items() if selected(name)}
+    stored = with_compressed(read_headers(folder), folder)
+    headers = {name: header for name, header in stored.items() if selected(name)}
     shapes = _shapes(config, make)
     if part != "vision":
         check_parts(folder, shapes, made=make is not None)

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BufferedIOBase
 from pathlib import Path, PurePath
 from typing import Any
@@ -38,6 +38,41 @@ class Header:
     def files(self) -> tuple[Path, ...]:
         """The one file that holds it."""
         return (self.file,)
+
+
+# Of quantised tensors, which aren't parameters themselves.
+_RAW_DTYPES = {
+    **DTYPES,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "I8": jnp.int8,
+    "I32": jnp.int32,
+    "I64": jnp.int64,
+    "U8": jnp.uint8,
+}
+
+
+def raw_tensor(header: Header) -> np.ndarray:
+    """A tensor of any of these dtypes, mapped from its file and not read yet."""
+    if header.dtype not in _RAW_DTYPES:
+        raise CheckpointError(f"{header.name} is {header.dtype}, which no quantised weight uses.")
+    start = _starts(header.file)[header.name]
+    dtype = np.dtype(_RAW_DTYPES[header.dtype])
+    if 0 in header.shape:
+        return np.zeros(header.shape, dtype)
+    return np.memmap(header.file, dtype, mode="r", offset=start, shape=header.shape)
+
+
+@lru_cache(maxsize=256)
+def _starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file that safetensors has already checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    return {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

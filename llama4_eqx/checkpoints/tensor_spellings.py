@@ -1,8 +1,8 @@
 """Finding the tensors of `tensor_names.py` in files that spell them differently.
 
 Read are: names with another prefix (a text-only model saved out of a multimodal one, or the other
-way round), experts saved as one `Linear` each (`experts.3.gate_proj.weight`), and tables that old
-versions of `transformers` stored and that are computed here.
+way round), experts saved as one `Linear` each (`experts.3.gate_proj.weight`), tables that old
+versions of `transformers` stored and that are computed here, and quantised weights.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llama4_eqx.checkpoints.compressed import Compressed
 from llama4_eqx.checkpoints.safetensors_io import Header
 
 TEXT_PREFIX = "language_model."
@@ -31,7 +32,7 @@ class UnfusedExperts:
     `parts` are joined along the last axis: gate and up projections, or down projections alone.
     """
 
-    parts: tuple[tuple[Header, ...], ...]
+    parts: tuple[tuple[Header | Compressed, ...], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,10 +48,10 @@ class UnfusedExperts:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that hold a part of it."""
-        return tuple(sorted({header.file for part in self.parts for header in part}))
+        return tuple(sorted({file for part in self.parts for one in part for file in one.files}))
 
 
-Stored = Header | UnfusedExperts
+Stored = Header | Compressed | UnfusedExperts
 
 
 class _JoinedExperts:
@@ -71,7 +72,9 @@ def view(stored: Stored, get_slice: Callable[[Header], Any]) -> Any:
     """What reads slices of the tensor; `get_slice` is safetensors', of the file of a header."""
     if isinstance(stored, Header):
         return get_slice(stored)
-    parts = [[get_slice(header) for header in part] for part in stored.parts]
+    if isinstance(stored, Compressed):
+        return stored
+    parts = [[view(one, get_slice) for one in part] for part in stored.parts]
     return _JoinedExperts(parts, stored.parts[0][0].shape[0])
 
 
@@ -81,7 +84,7 @@ def is_vision(name: str) -> bool:
 
 
 def find_tensors(
-    headers: Mapping[str, Header], known: Mapping[str, tuple[int, ...]]
+    headers: Mapping[str, Header | Compressed], known: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Stored], list[str]]:
     """The tensors in the files under the names of `known`, and what is wrong with the others.
 
@@ -89,7 +92,7 @@ def find_tensors(
     """
     found: dict[str, Stored] = {}
     spelled: dict[str, str] = {}
-    experts: dict[str, dict[tuple[str, int], Header]] = defaultdict(dict)
+    experts: dict[str, dict[tuple[str, int], Header | Compressed]] = defaultdict(dict)
     problems = []
     for name, header in headers.items():
         match = _EXPERT.fullmatch(name)
@@ -130,7 +133,7 @@ def known_name(name: str, known: Mapping[str, Any]) -> str | None:
 
 
 def _check_experts(
-    whole: str, matrices: dict[tuple[str, int], Header], shape: tuple[int, ...]
+    whole: str, matrices: dict[tuple[str, int], Header | Compressed], shape: tuple[int, ...]
 ) -> list[str]:
     count, inputs, outputs = shape
     kinds = ("down",) if whole.endswith("down_proj") else ("gate", "up")
