@@ -150,10 +150,8 @@ def _weight_settings(settings: Mapping[str, Any], folder: Path) -> list[Mapping[
         raise refuse(f"sparsity {json.dumps(sparsity.get('format'))}")
     found = []
     for group in groups.values():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        form = (group.get("format") if isinstance(group, Mapping) else None) or settings.get(
-            "format"
-        )
+        group = group if isinstance(group, Mapping) else {}
+        weights, form = group.get("weights"), group.get("format") or settings.get("format")
         if form not in _FORMATS:
             raise refuse(f"the format {json.dumps(form)}")
         if not isinstance(weights, Mapping) or weights.get("strategy") not in _STRATEGIES:
@@ -189,7 +187,7 @@ def _compressed(
     block, rows = None, scale.shape[0] if len(scale.shape) == 2 else 1
     if rows not in (1, shape[0]) or (rows == 1 and len(scale.shape) == 2 and scale.shape[1] > 1):
         sides = [group.get("block_structure") or () for group in groups]
-        blocks = [tuple(side) for side in sides if _covers(side, shape, scale.shape)]
+        blocks = [(a[0], a[1]) for a in sides if _covers(a, shape, scale.shape)]
         if not blocks:
             return f"has shape {shape}, but scales of shape {scale.shape}"
         block = blocks[0]
