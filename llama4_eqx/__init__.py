@@ -38,6 +38,8 @@ from llama4_eqx.projector import MultiModalProjector as MultiModalProjector
 from llama4_eqx.projector import PixelShuffleMLP as PixelShuffleMLP
 from llama4_eqx.projector import VisionMLP2 as VisionMLP2
 from llama4_eqx.projector import pixel_shuffle as pixel_shuffle
+from llama4_eqx.quantization import Quantization as Quantization
+from llama4_eqx.quantization import quantize as quantize
 from llama4_eqx.regraft import with_config as with_config
 from llama4_eqx.shape_checks import enable_shape_checks as enable_shape_checks
 from llama4_eqx.summary import parameter_table as parameter_table

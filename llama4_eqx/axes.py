@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, KeyPath
 from jaxtyping import PyTree
 
@@ -74,6 +75,13 @@ def axis_words(tree: PyTree) -> dict[str, tuple[str, ...]]:
     def walk(value: Any, hint: Any, path: KeyPath) -> None:
         if isinstance(value, jax.Array | jax.ShapeDtypeStruct):
             found[leaf_name(path)] = _words(value, hint, leaf_name(path))
+        elif hasattr(value, "numbers") and hasattr(value, "scale"):  # a `Quantized` weight
+            words = _words(value.numbers, hint, leaf_name(path))
+            found[f"{leaf_name(path)}.numbers"] = words
+            found[f"{leaf_name(path)}.scale"] = tuple(
+                "unnamed" if size == 1 else word
+                for word, size in zip(words, value.scale.shape, strict=True)
+            )
         elif isinstance(value, eqx.Module):
             hints = field_hints(type(value))
             for field in dataclasses.fields(value):
@@ -122,7 +130,7 @@ def select(model: PyTree, *patterns: str) -> PyTree:
     Raises a `ValueError` for a pattern that matches no leaf.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
-    names = [leaf_name(path) if eqx.is_inexact_array(leaf) else "" for path, leaf in leaves]
+    names = [leaf_name(path) if _is_floating(leaf) else "" for path, leaf in leaves]
     selected = [False] * len(names)
     for pattern in patterns:
         matches = [bool(name) and fnmatchcase(name, pattern.removeprefix("!")) for name in names]
@@ -137,6 +145,11 @@ def select(model: PyTree, *patterns: str) -> PyTree:
             for match, old in zip(matches, selected, strict=True)
         ]
     return jax.tree.unflatten(structure, selected)
+
+
+def _is_floating(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or eqx.is_array(leaf)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 @cache

@@ -24,6 +24,7 @@ from llama4_eqx.layers.cache import CacheSpan, KVCache
 from llama4_eqx.layers.context import Context, Execution
 from llama4_eqx.layers.mask import TokenPositions, token_positions
 from llama4_eqx.layers.probe import Probe
+from llama4_eqx.layers.quantized import plain_weight
 from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.parallel import Parallel, SingleDevice
@@ -182,11 +183,12 @@ class Llama4(eqx.Module):
     @property
     def head(self) -> Float[Array, "vocab hidden"]:
         """The output embedding: `lm_head`, or `embed_tokens` if they are tied."""
-        return self.embed_tokens if self.lm_head is None else self.lm_head
+        return plain_weight(self.embed_tokens if self.lm_head is None else self.lm_head)
 
     def unembed(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
-        return self.parallel.unembed(hidden, self.head)
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return self.parallel.unembed(hidden, head)
 
     def empty_cache(
         self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0

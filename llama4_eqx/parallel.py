@@ -14,6 +14,7 @@ from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear
+from llama4_eqx.layers.quantized import Quantized
 from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import Readings, Sites
 from llama4_eqx.projector import MultiModalProjector
@@ -62,7 +63,7 @@ class Parallel(eqx.Module):
 
     @abstractmethod
     def unembed(
-        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"]
+        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"] | Quantized
     ) -> Float[Array, "*batch vocab"]:
         """Logits of final hidden states."""
 
@@ -112,7 +113,7 @@ class SingleDevice(Parallel):
         return decoder(x, context, cache, remat=remat, key=key)
 
     def unembed(
-        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"]
+        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"] | Quantized
     ) -> Float[Array, "*batch vocab"]:
         return linear(hidden, head)
 

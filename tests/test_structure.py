@@ -31,7 +31,7 @@ FLOORS = (
     ("vision",),
     ("parallel",),
     ("model",),
-    ("distributed", "generation", "regraft", "research"),
+    ("distributed", "generation", "quantization", "regraft", "research"),
     ("training",),
     ("checkpoints",),
     ("__init__",),

@@ -26,6 +26,7 @@ from llama4_eqx.checkpoints.errors import CheckpointError, listed
 from llama4_eqx.checkpoints.folder_replacement import Staging
 from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX, known_name
+from llama4_eqx.layers.quantized import weight_shapes
 from llama4_eqx.model import Llama4
 from llama4_eqx.training.lora import LoRA, Update
 
@@ -65,8 +66,9 @@ def load_adapter(model: Llama4, folder: str | os.PathLike[str]) -> LoRA:
     config = _read_config(folder)
     found = _read_weights(folder)
     default = config["lora_alpha"] / _divisor(config, config["r"])
-    slots, matrices = _slots(model), matrix_axes(model)
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+    shapes = weight_shapes(model)
+    slots, matrices = _slots(shapes), matrix_axes(shapes)
+    names = _leaf_names(shapes)
     updates: dict[int, dict[int | None, _Factors]] = defaultdict(dict)
     problems = []
     for module, weights in found.items():
@@ -87,7 +89,7 @@ def load_adapter(model: Llama4, folder: str | os.PathLike[str]) -> LoRA:
             updates[tensor.leaf][tensor.stack_index] = factors._replace(left=scaled)
     if problems:
         raise CheckpointError(f"The adapter in {folder} doesn't fit:\n{listed(sorted(problems))}")
-    leaves = jax.tree.leaves(model)
+    leaves = jax.tree.leaves(shapes)
     joined = {names[i]: _joined(layers, leaves[i].shape[0]) for i, layers in updates.items()}
     return LoRA(model, rank=1, alpha=default, key=jax.random.key(0)).with_updates(joined)
 
@@ -269,22 +271,28 @@ def _joined(layers: Mapping[int | None, _Factors], depth: int) -> Update:
     return Update(jnp.asarray(left), jnp.asarray(right))
 
 
+def _leaf_names(model: Llama4) -> list[str]:
+    return [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+
+
 def lora_names(lora: LoRA) -> set[str]:
     """The names of the tensors that are updated, without `.weight`."""
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora.model)]
+    shapes = weight_shapes(lora.model)
+    names = _leaf_names(shapes)
     return {
         name.removesuffix(".weight")
-        for name, parts in _slots(lora.model).items()
+        for name, parts in _slots(shapes).items()
         if any(names[part.leaf] in lora.updates for part in parts)
     }
 
 
 def _by_tensor(lora: LoRA) -> dict[str, _Factors]:
     """The factors of each tensor of the checkpoint that is updated."""
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(lora.model)]
+    shapes = weight_shapes(lora.model)
+    names = _leaf_names(shapes)
     arrays = {name: jax.tree.map(np.asarray, update) for name, update in lora.updates.items()}
     found = {}
-    for tensor, parts in _slots(lora.model).items():
+    for tensor, parts in _slots(shapes).items():
         halves = []
         for part in parts:
             update = arrays.get(names[part.leaf])

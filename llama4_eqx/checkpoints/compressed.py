@@ -186,11 +186,9 @@ def _compressed(
         return f"has a scale, but its numbers are {numbers.dtype}"
     block, rows = None, scale.shape[0] if len(scale.shape) == 2 else 1
     if rows not in (1, shape[0]) or (rows == 1 and len(scale.shape) == 2 and scale.shape[1] > 1):
-        sides = [group.get("block_structure") or () for group in groups]
-        blocks = [(a[0], a[1]) for a in sides if _covers(a, shape, scale.shape)]
-        if not blocks:
+        block = _block(groups, shape, scale.shape)
+        if block is None:
             return f"has shape {shape}, but scales of shape {scale.shape}"
-        block = blocks[0]
     elif len(scale.shape) == 2 and shape[1] % scale.shape[1] and "weight_g_idx" not in fields:
         return f"has {shape[1]} columns, but scales for {scale.shape[1]} groups of them"
     return Compressed(
@@ -209,10 +207,18 @@ def _words(columns: int, bits: int) -> int:
     return -(-columns * bits // 32)
 
 
-def _covers(side: Any, shape: tuple[int, ...], blocks: tuple[int, ...]) -> bool:
-    return (
-        isinstance(side, list | tuple)
-        and len(side) == 2
-        and all(isinstance(size, int) and size > 0 for size in side)
-        and tuple(-(-n // size) for n, size in zip(shape, side, strict=True)) == blocks
-    )
+def _block(
+    groups: list[Mapping[str, Any]], shape: tuple[int, ...], blocks: tuple[int, ...]
+) -> tuple[int, int] | None:
+    """The rows and columns of a block, of which there are as many as scales."""
+    for group in groups:
+        sides = group.get("block_structure")
+        if not isinstance(sides, list | tuple) or len(sides) != 2:
+            continue
+        rows, columns = sides
+        if all(isinstance(size, int) and size > 0 for size in sides) and blocks == (
+            -(-shape[0] // rows),
+            -(-shape[1] // columns),
+        ):
+            return rows, columns
+    return None

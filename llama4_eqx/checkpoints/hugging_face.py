@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Num, PRNGKeyArray
 from safetensors import safe_open
 
+from llama4_eqx.axes import leaf_name
 from llama4_eqx.checkpoints.compressed import with_compressed
 from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
 from llama4_eqx.checkpoints.folder_kinds import require_checkpoint
@@ -38,7 +40,9 @@ from llama4_eqx.checkpoints.tensor_spellings import (
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed.rules import RulesLike
 from llama4_eqx.distributed.sharding import shardings, with_mesh
+from llama4_eqx.layers.quantized import Quantized, quantized
 from llama4_eqx.model import Llama4
+from llama4_eqx.quantization import Quantization
 from llama4_eqx.regraft import with_config
 
 T = TypeVar("T")
@@ -54,6 +58,7 @@ def load_checkpoint(
     rules: RulesLike | None = None,
     make: Callable[[Llama4], Llama4] | None = None,
     config: Llama4Config | None = None,
+    quantize: Quantization | None = None,
     progress: bool | None = None,
 ) -> Llama4:
     """Reads a checkpoint folder, text-only or multimodal.
@@ -73,6 +78,8 @@ def load_checkpoint(
     integers in groups) are dequantised to the dtype of their scales, exactly as that library does
     it. Activations aren't quantised here, whatever the checkpoint says of them.
 
+    With `quantize=Quantization()`, weights become `Quantized` ones of eight bits as they are read.
+
     `make` is needed where `save_checkpoint` has stored parts of a user's own classes: it puts such
     parts into a model of the folder's config. With a `config`, the parameters that were loaded get
     another one, as `llama4_eqx.with_config` does it.
@@ -84,6 +91,11 @@ def load_checkpoint(
     anything is loaded, `FileNotFoundError` where files are missing, and `ValueError` for a mesh
     without rules or rules that don't fit it.
     """
+    if quantize is not None and (mesh is not None or config is not None):
+        raise ValueError(
+            "quantize= goes with neither a mesh nor another config: load, quantise with "
+            "llama4_eqx.quantize, and then shard."
+        )
     if (mesh is None) != (rules is None):
         raise ValueError("A mesh and rules go together: pass both, or neither to load unsharded.")
     if part not in ("whole", "text", "vision"):
@@ -95,7 +107,7 @@ def load_checkpoint(
         recover(Path(os.path.realpath(folder)))
         before = _identity(folder)
         try:
-            model = _load(folder, part, dtype, mesh, rules, make, progress)
+            model = _load(folder, part, dtype, mesh, rules, make, quantize, progress)
         except (OSError, ValueError):
             if _identity(folder) == before:
                 raise
@@ -115,6 +127,7 @@ def _load(
     mesh: Mesh | None,
     rules: RulesLike | None,
     make: Callable[[Llama4], Llama4] | None,
+    quantize: Quantization | None,
     progress: bool | None,
 ) -> Llama4:
     require_checkpoint(folder)
@@ -159,11 +172,15 @@ def _load(
     leaf_shardings: list[NamedSharding | None] = [None] * len(leaves)
     if mesh is not None and rules is not None:
         leaf_shardings = jax.tree.leaves(shardings(shapes, mesh, rules))
+    inputs = _quantized_inputs(shapes, quantize)
     reading = _with_bar(_open(wanted, found), len(wanted), f"Loading {folder.name}", progress)
     for tensor, source in reading:
         i, layer, sharding = tensor.leaf, tensor.stack_index, leaf_shardings[tensor.leaf]
         value = _read(source, tensor, sharding, DTYPES[found[tensor.name].dtype])
-        if layer is None:
+        if i in inputs:
+            new = inputs[i](jnp.asarray(value, dtypes[i]), layer)
+            leaves[i] = _put_quantized(leaves[i], shaped[i].shape, layer, new)
+        elif layer is None:
             leaves[i] = jnp.asarray(value, dtypes[i])
         else:
             if leaves[i] is shaped[i]:
@@ -180,6 +197,34 @@ def _shapes(config: Llama4Config, make: Callable[[Llama4], Llama4] | None) -> Ll
         return model if make is None else make(model)
 
     return eqx.filter_eval_shape(init, jax.random.key(0))
+
+
+def _quantized_inputs(
+    shapes: Llama4, quantize: Quantization | None
+) -> dict[int, Callable[[Array, int | None], Quantized]]:
+    """For each leaf to be quantised, what does so with it or with one of its layers."""
+    if quantize is None:
+        return {}
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+
+    def convert(axes: tuple[int, ...]) -> Callable[[Array, int | None], Quantized]:
+        def of_layer(value: Array, layer: int | None) -> Quantized:
+            inputs = axes if layer is None else tuple(axis - 1 for axis in axes)
+            return jax.jit(partial(quantized, inputs=inputs, dtype=quantize.dtype))(value)
+
+        return of_layer
+
+    return {names.index(name): convert(axes) for name, axes in quantize.inputs(shapes).items()}
+
+
+def _put_quantized(old: Any, shape: tuple[int, ...], layer: int | None, new: Quantized) -> Any:
+    if layer is None:
+        return new
+    if not isinstance(old, Quantized):
+        depth = shape[0]
+        old = jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), new)
+    put = jax.jit(_put, donate_argnums=0)
+    return jax.tree.map(lambda stack, one: put(stack, layer, one), old, new)
 
 
 def _float_dtype(dtype: Any) -> Any:
@@ -296,7 +341,7 @@ def _read(view: Any, tensor: Tensor, sharding: NamedSharding | None, dtype: Any)
     return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
 
 
-def _put(stack: Float[Array, "..."], layer: Int[Array, ""], value: Float[Array, "..."]) -> Array:
+def _put(stack: Num[Array, "..."], layer: Int[Array, ""], value: Num[Array, "..."]) -> Array:
     # `stack.at[layer].set(…)` would copy a bfloat16 stack on CPUs.
     return lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, axis=0)
 

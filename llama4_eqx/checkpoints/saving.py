@@ -26,6 +26,7 @@ from llama4_eqx.checkpoints.safetensors_io import (
 from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX
 from llama4_eqx.distributed.processes import allgather_json, run_on_all_processes
+from llama4_eqx.layers.quantized import is_quantized
 from llama4_eqx.model import Llama4
 from llama4_eqx.regraft import difference
 
@@ -60,6 +61,11 @@ def save_checkpoint(
     number = isinstance(max_shard_bytes, int | float | np.integer)
     if not number or not max_shard_bytes >= 1:
         raise ValueError(f"max_shard_bytes must be a positive number, not {max_shard_bytes!r}.")
+    if any(map(is_quantized, jax.tree.leaves(model, is_leaf=is_quantized))):
+        raise ValueError(
+            "The model has quantised weights, which aren't written yet: save "
+            "llama4_eqx.layers.dequantized(model), or the model that it was made from."
+        )
     folder = Path(os.path.realpath(folder))
     files = _planned(model, int(max_shard_bytes))
     found = difference(model)

@@ -35,6 +35,7 @@ from llama4_eqx.layers.collectives import AxisNames, MeshAxes, psum_over, pvary
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import has_updates, merged
+from llama4_eqx.layers.quantized import Quantized, plain_weight
 from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import Readings, Sites, value_axes
 from llama4_eqx.parallel import Parallel, TokenSums
@@ -117,7 +118,7 @@ class MeshParallel(Parallel):
         return run(arrays, x, context.tokens, context.rotation, context.span, cache, key)
 
     def unembed(
-        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"]
+        self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"] | Quantized
     ) -> Float[Array, "*batch vocab"]:
         lead = self._token_axes(hidden.shape[:-1])
         mesh_axes = self._mesh_axes(lead)
@@ -127,7 +128,8 @@ class MeshParallel(Parallel):
             return linear(pvary(hidden, vocab_axes), self._head(head, mesh_axes, vocab_axes))
 
         in_specs = P(*lead, None), self._head_spec()
-        return self._shard_map(local, in_specs, P(*lead, vocab_axes or None))(hidden, head)
+        run = self._shard_map(local, in_specs, P(*lead, vocab_axes or None))
+        return run(hidden, plain_weight(head))
 
     def token_sums(
         self,

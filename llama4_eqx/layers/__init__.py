@@ -21,6 +21,8 @@ from llama4_eqx.layers.norm import LayerNorm as LayerNorm
 from llama4_eqx.layers.norm import RMSNorm as RMSNorm
 from llama4_eqx.layers.probe import Edit as Edit
 from llama4_eqx.layers.probe import Probe as Probe
+from llama4_eqx.layers.quantized import Quantized as Quantized
+from llama4_eqx.layers.quantized import dequantized as dequantized
 from llama4_eqx.layers.remat import RematPolicy as RematPolicy
 from llama4_eqx.layers.rope import RotaryEmbedding as RotaryEmbedding
 from llama4_eqx.layers.rope import Rotation as Rotation

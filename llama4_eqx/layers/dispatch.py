@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from llama4_eqx.layers.backends import ExpertsBackend
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_over
 from llama4_eqx.layers.grouped import grouped_mlp
+from llama4_eqx.layers.quantized import Quantized
 from llama4_eqx.layers.remat import save_residual
 
 CAPACITY_FACTOR = 1.5
@@ -21,9 +22,9 @@ def routed_experts(
     x: Float[Array, "tokens hidden"],
     router_weights: Float[Array, "tokens top_k"],
     expert_ids: Int[Array, "tokens top_k"],
-    gate_proj: Float[Array, "experts hidden ff"],
-    up_proj: Float[Array, "experts hidden ff"],
-    down_proj: Float[Array, "experts ff hidden"],
+    gate_proj: Float[Array, "experts hidden ff"] | Quantized,
+    up_proj: Float[Array, "experts hidden ff"] | Quantized,
+    down_proj: Float[Array, "experts ff hidden"] | Quantized,
     mesh_axes: MeshAxes,
     backend: ExpertsBackend | None = None,
 ) -> Float[Array, "tokens hidden"]:
@@ -54,7 +55,7 @@ def routed_experts(
 
 
 # The experts' gate, up and down projections.
-_Weights = tuple[Array, Array, Array]
+_Weights = tuple[Array | Quantized, Array | Quantized, Array | Quantized]
 
 
 def _through_local_experts(

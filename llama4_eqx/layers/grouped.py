@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from math import isqrt
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,23 @@ from llama4_eqx.layers.backends import ExpertsBackend, check_backend
 from llama4_eqx.layers.collectives import varying_axes
 from llama4_eqx.layers.grouped_products import HOPPER, RAGGED, mlp_by_products
 from llama4_eqx.layers.hopper import fits_hopper, has_hopper
+from llama4_eqx.layers.quantized import (
+    LEAST_ROWS,
+    Quantized,
+    int8_dot,
+    int8_rows,
+    plain_weight,
+)
 from llama4_eqx.layers.remat import save_residual
+
+_QuantizedWeights = tuple[Quantized, Quantized, Quantized]
 
 
 def grouped_mlp(
     rows: Float[Array, "tokens hidden"],
-    gate_proj: Float[Array, "experts hidden ff"],
-    up_proj: Float[Array, "experts hidden ff"],
-    down_proj: Float[Array, "experts ff hidden"],
+    gate_proj: Float[Array, "experts hidden ff"] | Quantized,
+    up_proj: Float[Array, "experts hidden ff"] | Quantized,
+    down_proj: Float[Array, "experts ff hidden"] | Quantized,
     group_sizes: Int[Array, "experts"],
     *,
     backend: ExpertsBackend | None = None,
@@ -40,19 +49,26 @@ def grouped_mlp(
     or `"rows"`, one row after another. None chooses by the platform that the program is lowered
     for: blocked on CPUs; on GPUs rows for a few of them, else hopper where it fits and this machine
     has such a GPU, outside of `shard_map`, in which it is untried; and ragged everywhere else.
+
+    Of quantised weights, int8 ones have a loop of their own on CPUs and the others a ragged product
+    of the converted numbers; with a `backend`, they are dequantised first.
     """
     check_backend(backend, get_args(ExpertsBackend), "experts")
-    operands = rows, gate_proj, up_proj, down_proj, group_sizes
-    if backend == "hopper" and not fits_hopper(rows, gate_proj):
+    weights = gate_proj, up_proj, down_proj
+    if backend is None and all(isinstance(weight, Quantized) for weight in weights):
+        return _of_quantized(rows, cast(_QuantizedWeights, weights), group_sizes)
+    gate, up, down = map(plain_weight, weights)
+    operands = rows, gate, up, down, group_sizes
+    if backend == "hopper" and not fits_hopper(rows, gate):
         raise ValueError(
             'backend="hopper" takes 16-bit numbers and sizes that are multiples of 128, but got '
-            f"{rows.dtype} and weights of {gate_proj.shape}: pass None."
+            f"{rows.dtype} and weights of {gate.shape}: pass None."
         )
     if backend is not None:
         return _BACKENDS[backend](*operands)
-    if 4 * len(rows) <= len(gate_proj):  # measured on an H100: reads less than all experts do
+    if 4 * len(rows) <= len(gate):  # measured on an H100: reads less than all experts do
         on_gpu = _row_by_row
-    elif has_hopper() and fits_hopper(rows, gate_proj) and not varying_axes(rows):
+    elif has_hopper() and fits_hopper(rows, gate) and not varying_axes(rows):
         on_gpu = _hopper
     else:
         on_gpu = _ragged
@@ -174,7 +190,7 @@ def _visit_blocks(
     visit: Callable[..., Any],
     state: Any,
     block: int,
-    weights: tuple[Array, Array, Array],
+    weights: tuple[Any, Any, Any],
     sizes: Array,
 ) -> Any:
     """Folds `visit(state, start, end, expert, weights)` over the blocks of rows, in order.
@@ -189,7 +205,7 @@ def _visit_blocks(
         # The barrier ties the weights to `i`: else XLA converts bfloat16 weights of all experts to
         # float32 ahead of the loop, which triples the memory.
         all_weights, expert = lax.optimization_barrier((weights, busy[i]))
-        own_weights = tuple(weight[expert].astype(_wide(weight)) for weight in all_weights)
+        own_weights = tuple(_own(weight, expert) for weight in all_weights)
         end, size = ends[expert], sizes[expert]
 
         def visit_block(j, state):
@@ -198,6 +214,68 @@ def _visit_blocks(
         return lax.fori_loop(0, (size + block - 1) // block, visit_block, state)
 
     return lax.fori_loop(0, jnp.count_nonzero(sizes), visit_expert, state)
+
+
+def _own(weight: Any, expert: Int[Array, ""]) -> Any:
+    return weight[expert] if isinstance(weight, Quantized) else weight[expert].astype(_wide(weight))
+
+
+@jax.custom_vjp
+def _of_quantized(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+    if any(weight.numbers.dtype != jnp.int8 for weight in weights):
+        return _quantized_ragged(rows, weights, sizes)
+    return lax.platform_dependent(
+        rows, weights, sizes, cpu=_quantized_blocked, default=_quantized_ragged
+    )
+
+
+def _quantized_forward(rows, weights, sizes):
+    return _of_quantized(rows, weights, sizes), (rows, weights, sizes)
+
+
+def _quantized_backward(residuals, d_out):
+    rows, weights, sizes = residuals
+    _, vjp = jax.vjp(lambda rows: grouped_mlp(rows, *_plain(weights), sizes), rows)
+    return *vjp(d_out), None, None
+
+
+_of_quantized.defvjp(_quantized_forward, _quantized_backward)
+
+
+def _plain(weights: _QuantizedWeights) -> tuple[Array, Array, Array]:
+    gate, up, down = weights
+    return gate.dequantized(), up.dequantized(), down.dequantized()
+
+
+def _quantized_ragged(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    expert = jnp.minimum(expert, len(sizes) - 1)
+
+    def product(x: Array, weight: Quantized) -> Array:
+        out = lax.ragged_dot(x, weight.numbers.astype(x.dtype), sizes)
+        return (out.astype(jnp.float32) * weight.scale[expert, 0]).astype(x.dtype)
+
+    gate, up, down = weights
+    x = jnp.where(_has_expert(rows, sizes), rows, 0)
+    inner = _swiglu(product(x, gate), product(x, up))
+    return jnp.where(_has_expert(rows, sizes), product(inner, down), 0)
+
+
+def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+    block, _ = _block_sizes(len(rows), len(sizes))
+    block = max(block, LEAST_ROWS)
+    x, x_scale = int8_rows(jnp.pad(rows, ((0, block), (0, 0))))
+
+    def visit(out, start, end, expert, own):
+        block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))
+        gate, up, down = own
+        gated, upped = (int8_dot(block_x, w.numbers, 0) * scale * w.scale for w in (gate, up))
+        inner, inner_scale = int8_rows(_swiglu(gated, upped))
+        return _write(out, int8_dot(inner, down.numbers, 0) * inner_scale * down.scale, start)
+
+    out = jnp.zeros(x.shape, jnp.float32)
+    out = _visit_blocks(visit, out, block, weights, sizes)[: len(rows)]
+    return jnp.where(_has_expert(rows, sizes), out, 0).astype(rows.dtype)
 
 
 _ragged = partial(mlp_by_products, RAGGED)

@@ -6,6 +6,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
+from llama4_eqx.layers.quantized import Quantized, plain_weight
+
 _T = TypeVar("_T")
 
 
@@ -16,7 +18,7 @@ class LowRank(eqx.Module):
     the rows or the columns (see `llama4_eqx.axes.matrix_axes`). All three may be stacked by layers.
     """
 
-    weight: Float[Array, "..."]
+    weight: Float[Array, "..."] | Quantized
     left: Float[Array, "... rows rank"]
     right: Float[Array, "... rank columns"]
     scale: float = eqx.field(static=True)
@@ -34,7 +36,7 @@ class LowRank(eqx.Module):
     def merged(self) -> Float[Array, "..."]:
         """The sum, in the weight's shape and dtype."""
         update = self.scale * (self.left @ self.right).reshape(self.weight.shape)
-        return self.weight + update.astype(self.weight.dtype)
+        return plain_weight(self.weight) + update.astype(self.weight.dtype)
 
 
 def merged(module: _T) -> _T:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from llama4_eqx.axes import leaf_name, matrix_axes, select
 from llama4_eqx.layers.lowrank import LowRank, merged
+from llama4_eqx.layers.quantized import is_quantized, weight_shapes
 from llama4_eqx.model import Llama4
 
 # Modules whose layers merge `LowRank` leaves themselves.
@@ -54,8 +55,9 @@ class LoRA(eqx.Module):
         self.model = model
         self.scale = 2.0 if alpha is None else alpha / rank
         self.updates = {}
-        selected = jax.tree.leaves(select(model, *patterns))
-        leaves, matrices = jax.tree_util.tree_leaves_with_path(model), matrix_axes(model)
+        shapes = weight_shapes(model)  # a quantised weight is updated like any other
+        selected = jax.tree.leaves(select(shapes, *patterns))
+        leaves, matrices = jax.tree_util.tree_leaves_with_path(shapes), matrix_axes(shapes)
         for i, (path, leaf) in enumerate(leaves):
             if not selected[i]:
                 continue
@@ -81,7 +83,7 @@ class LoRA(eqx.Module):
         there is never a second copy of all weights. (On a mesh there is one.)
         """
 
-        def attach(name: str, leaf: Array) -> Any:
+        def attach(name: str, leaf: Any) -> Any:
             lowrank = self._lowrank(name, leaf)
             in_a_layer = name.startswith(_LAYERS)
             return lowrank if in_a_layer or lowrank is leaf else merged(lowrank)
@@ -92,12 +94,12 @@ class LoRA(eqx.Module):
         """A plain model with the updates added to its weights, for saving or generating."""
         return _map_with_names(lambda name, leaf: merged(self._lowrank(name, leaf)), self.model)
 
-    def _lowrank(self, name: str, leaf: Array) -> Any:
+    def _lowrank(self, name: str, leaf: Any) -> Any:
         update = self.updates.get(name)
         return leaf if update is None else LowRank(leaf, update.left, update.right, self.scale)
 
 
 def _map_with_names(function: Any, model: Llama4) -> PyTree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: function(leaf_name(path), leaf), model
+        lambda path, leaf: function(leaf_name(path), leaf), model, is_leaf=is_quantized
     )

@@ -1,0 +1,158 @@
+"""A weight of eight bits, as a leaf in place of the weight itself."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+T = TypeVar("T")
+# The largest number of each dtype that a scale is chosen for.
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
+LEAST_ROWS = 4
+
+
+class Quantized(eqx.Module):
+    """`scale · numbers`, in place of a weight: numbers in int8 or float8, and a scale for each
+    output of the weight's product.
+
+    Products convert the numbers to the activations' dtype and scale the output, so that an
+    accelerator reads one byte a number. CPUs are fast at nothing but int8 times int8: there, if the
+    numbers are int8, each row of activations is rounded to int8, too, with a scale of its own.
+
+    The axes are the weight's; a scale's have size 1 where outputs share it. `dtype` is that of the
+    weight that it stands for. Gradients go to activations, never to a weight of few bits.
+    """
+
+    numbers: Num[Array, "..."]
+    scale: Float[Array, "..."]
+    dtype: Any = eqx.field(static=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.numbers.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of the weight's axes."""
+        return self.numbers.ndim
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> "Quantized":
+        """Along leading axes, which no product sums over: an expert of many."""
+        return Quantized(self.numbers[index], self.scale[index], self.dtype)
+
+    def reshape(self, outputs: int, inputs: int) -> "Quantized":
+        """As a matrix of outputs and inputs."""
+        numbers = self.numbers.reshape(outputs, inputs)
+        return Quantized(numbers, self.scale.reshape(-1, 1), self.dtype)
+
+    def dequantized(self) -> Float[Array, "..."]:
+        """The weight that it stands for."""
+        return (self.numbers.astype(self.scale.dtype) * self.scale).astype(self.dtype)
+
+
+def quantized(
+    weight: Float[Array, "..."], inputs: tuple[int, ...], dtype: DTypeLike = jnp.int8
+) -> Quantized:
+    """The weight rounded to the nearest numbers of the dtype, with the largest of each output's
+    weights as the largest number. `inputs` are the axes that its product sums over."""
+    top = LARGEST[jnp.dtype(dtype).name]
+    wide = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True) / top
+    scale = jnp.where(scale == 0, 1, scale)
+    numbers = wide / scale
+    numbers = jnp.round(numbers) if jnp.issubdtype(dtype, jnp.integer) else numbers
+    return Quantized(numbers.astype(dtype), scale, weight.dtype)
+
+
+def is_quantized(node: Any) -> bool:
+    """Whether it stands for a weight."""
+    return isinstance(node, Quantized)
+
+
+def plain_weight(weight: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
+    """The weight, dequantised if it has to be."""
+    return weight.dequantized() if isinstance(weight, Quantized) else weight
+
+
+def dequantized(tree: T) -> T:
+    """The tree with a plain weight for each `Quantized`."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantized() if isinstance(leaf, Quantized) else leaf,
+        tree,
+        is_leaf=is_quantized,
+    )
+
+
+def weight_shapes(tree: T) -> T:
+    """The tree with the shape of the weight in place of each `Quantized`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantized(leaf) else leaf,
+        tree,
+        is_leaf=is_quantized,
+    )
+
+
+@jax.custom_vjp
+def quantized_product(
+    rows: Float[Array, "rows in_features"], weight: Quantized
+) -> Float[Array, "rows out_features"]:
+    """`rows · weightᵀ`, of a weight `[out_features, in_features]`."""
+
+    def by_cast(rows: Array, numbers: Array, scale: Array) -> Array:
+        out = _dot(rows, numbers.astype(rows.dtype), 1)
+        return (out.astype(jnp.float32) * scale.T).astype(rows.dtype)
+
+    def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
+        x, x_scale = int8_rows(rows)
+        return (int8_dot(x, numbers, 1) * x_scale * scale.T).astype(rows.dtype)
+
+    operands = rows, weight.numbers, weight.scale
+    if weight.numbers.dtype != jnp.int8:
+        return by_cast(*operands)
+    return lax.platform_dependent(*operands, cpu=by_int8, default=by_cast)
+
+
+def _product_forward(rows: Array, weight: Quantized) -> tuple[Array, Any]:
+    return quantized_product(rows, weight), (rows[:0], weight)
+
+
+def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
+    like, weight = residuals
+    scaled = (d_out.astype(jnp.float32) * weight.scale.T).astype(like.dtype)
+    return _dot(scaled, weight.numbers.astype(like.dtype), 0), None
+
+
+quantized_product.defvjp(_product_forward, _product_backward)
+
+
+def int8_rows(
+    x: Float[Array, "rows in_features"],
+) -> tuple[Int[Array, "rows in_features"], Float[Array, "rows size"]]:
+    """Each row rounded to int8 numbers, and the scale that makes it of them."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST["int8"]
+    scale = jnp.where(scale == 0, 1, scale)
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def int8_dot(
+    x: Int[Array, "rows in_features"], numbers: Int[Array, "..."], axis: int
+) -> Float[Array, "rows out_features"]:
+    """The product of int8 matrices, summed exactly over that axis of the second."""
+    few = max(0, LEAST_ROWS - len(x))
+    out = _dot(jnp.pad(x, ((0, few), (0, 0))), numbers, axis, jnp.int32)
+    return out[: len(x)].astype(jnp.float32)
+
+
+def _dot(x: Array, y: Array, axis: int, dtype: DTypeLike | None = None) -> Array:
+    numbers = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(x, y, numbers, preferred_element_type=dtype)

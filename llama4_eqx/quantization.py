@@ -1,0 +1,70 @@
+"""Which weights of a model are kept in eight bits."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from llama4_eqx.axes import axis_words, leaf_name, matrix_axes, select
+from llama4_eqx.layers.quantized import LARGEST, is_quantized, quantized
+from llama4_eqx.model import Llama4
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights to be quantised: those whose names match the patterns of `select`, by default the
+    decoder's attention, feed-forward networks and experts, and the head. Router, norms and
+    embeddings stay as they are. `dtype` is `jnp.int8` or `jnp.float8_e4m3fn`.
+    """
+
+    patterns: tuple[str, ...] = ("decoder.*_proj", "lm_head")
+    dtype: DTypeLike = jnp.int8
+
+    def __post_init__(self) -> None:
+        if jnp.dtype(self.dtype).name not in LARGEST:
+            raise ValueError(
+                f"Weights can be quantised to {' or '.join(LARGEST)}, not to "
+                f"{jnp.dtype(self.dtype).name}."
+            )
+
+    def inputs(self, model: PyTree) -> dict[str, tuple[int, ...]]:
+        """The names of the weights, and the axes of each that its product sums over. `model` may
+        hold shapes.
+
+        Raises a `ValueError` for a pattern that matches no weight, or one that isn't a matrix.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        patterns = self.patterns
+        if getattr(model, "lm_head", True) is None:  # tied to the embeddings, which are looked up
+            patterns = tuple(p for p in patterns if p != "lm_head")
+        matches = jax.tree.leaves(select(model, *patterns))
+        matrices, words, found = matrix_axes(model), axis_words(model), {}
+        for (path, _), wanted in zip(leaves, matches, strict=True):
+            name = leaf_name(path)
+            axes = matrices.get(name)
+            if wanted and axes is None:
+                raise ValueError(f"{name} isn't a matrix: choose patterns that leave it out.")
+            if wanted and axes is not None:
+                of_experts = any(words[name][axis] == "experts" for axis in axes.stack)
+                found[name] = axes.rows if of_experts else axes.columns
+        return found
+
+
+def quantize(model: Llama4, quantization: Quantization | None = None) -> Llama4:
+    """The model with `Quantized` weights, one after another, in place of some of its own.
+
+    To save memory already while loading, use `load_checkpoint(folder, quantize=Quantization())`.
+    """
+    quantization = Quantization() if quantization is None else quantization
+    inputs = quantization.inputs(model)
+
+    def convert(path, leaf):
+        axes = inputs.get(leaf_name(path))
+        if axes is None:
+            return leaf
+        return jax.jit(partial(quantized, inputs=axes, dtype=quantization.dtype))(leaf)
+
+    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_quantized)

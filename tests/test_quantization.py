@@ -1,0 +1,221 @@
+"""Weights of eight bits: what they stand for, in every way in which a model runs."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import llama4_eqx as l4
+from llama4_eqx.axes import select
+from llama4_eqx.checkpoints import load_adapter, save_adapter
+from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shard
+from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
+from llama4_eqx.layers.grouped import _quantized_ragged
+from llama4_eqx.layers.quantized import quantized, quantized_product
+from llama4_eqx.quantization import Quantization, quantize
+from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
+from tests.toys import MAVERICK, SCOUT, random_tokens, reference_model, relative_error
+
+# A CPU rounds activations to int8, too: half of 1/127 of the largest, at every product.
+ROUNDED = 0.1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantised")
+    reference_model(MAVERICK).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return l4.load_checkpoint(folder)
+
+
+def logits(model, tokens, **options):
+    return eqx.filter_jit(lambda model, tokens: model(tokens, **options).logits)(model, tokens)
+
+
+def quantised_weights(model):
+    is_quantised = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
+    return [leaf for leaf in jax.tree.leaves(model, is_leaf=is_quantised) if is_quantised(leaf)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(("shape", "inputs"), [((24, 32), (1,)), ((3, 24, 2, 16), (2, 3))])
+def test_rounding(dtype, shape, inputs):
+    weight = jax.random.normal(jax.random.key(0), shape)
+    small = quantized(weight.at[0, 0].set(0), inputs, dtype)
+    assert small.numbers.dtype == dtype
+    assert small.scale.size == weight.size // np.prod([shape[axis] for axis in inputs])
+    error = np.abs(small.dequantized() - weight.at[0, 0].set(0))
+    step = small.scale / 2 if dtype == jnp.int8 else np.abs(weight) / 16 + small.scale / 512
+    assert (error <= step * 1.001).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_products_and_their_gradients(dtype):
+    """The form for accelerators is exact; that for CPUs rounds each row of activations."""
+    weight = jax.random.normal(jax.random.key(0), (40, 64))
+    rows = jax.random.normal(jax.random.key(1), (7, 64))
+    small = quantized(weight, (1,), dtype)
+    truth, vjp = jax.vjp(lambda rows: rows @ small.dequantized().T, rows)
+    ours, our_vjp = jax.vjp(lambda rows: quantized_product(rows, small), rows)
+    assert relative_error(ours, truth) < (1e-2 if dtype == jnp.int8 else 1e-5)
+    assert relative_error(our_vjp(truth)[0], vjp(truth)[0]) < 1e-5
+
+
+def expert_weights(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (5, 32, 48), (5, 32, 48), (5, 48, 32)
+    return tuple(
+        quantized(jax.random.normal(key, shape) / 6, (1,), dtype)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("sizes", [(9, 0, 1, 17, 3), (0, 0, 1, 0, 0), (0, 0, 0, 0, 0)])
+def test_experts(dtype, sizes):
+    weights, sizes = expert_weights(dtype), jnp.array(sizes)
+    rows = jax.random.normal(jax.random.key(4), (33, 32))
+    truth, vjp = jax.vjp(
+        lambda rows: grouped_mlp(rows, *dequantized(weights), sizes, backend="dense"), rows
+    )
+    ours, our_vjp = jax.vjp(lambda rows: grouped_mlp(rows, *weights, sizes), rows)
+    error = np.abs(ours - truth).max() / max(np.abs(truth).max(), 1e-9)
+    assert error < (3e-2 if dtype == jnp.int8 else 1e-5)
+    exact = np.abs(_quantized_ragged(rows, weights, sizes) - truth).max()
+    assert exact < 1e-5
+    np.testing.assert_allclose(our_vjp(rows)[0], vjp(rows)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        grouped_mlp(rows, *weights, sizes, backend="ragged"), truth, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_a_quantised_model(model, form, dtype):
+    tokens = random_tokens(2, 21)
+    small = quantize(model, Quantization(dtype=dtype))
+    truth = logits(dequantized(small), tokens)
+    small = small if form == "scanned" else small.unstacked()
+    ours = logits(small, tokens)
+    if dtype == jnp.int8:
+        # Of a few tokens the rounding changes the experts, and with them everything.
+        error = np.abs(ours - truth).max(-1) / np.abs(truth).max(-1)
+        assert np.median(error) < ROUNDED
+    else:
+        assert relative_error(ours, truth) < 2e-5
+    assert relative_error(truth, logits(model, tokens)) > 1e-3
+    prompt = tokens[:, :9]
+    new = l4.generate(small, prompt, max_new_tokens=6)
+    whole = logits(small, jnp.concatenate([prompt, new], -1))
+    np.testing.assert_array_equal(new, jnp.argmax(whole[:, 8:-1], -1))
+    assert quantised_weights(model) == []
+    weights = quantised_weights(small)
+    assert all(w.numbers.dtype == dtype for w in weights)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(m.decoder)) for m in (small, model)]
+    assert sizes[0] < 0.35 * sizes[1]  # scales weigh more in a toy
+
+
+def test_quantised_while_loading(folder, model):
+    loaded = l4.load_checkpoint(folder, quantize=Quantization())
+    truth = quantize(model)
+    assert jax.tree.structure(loaded) == jax.tree.structure(truth)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(truth), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    some = l4.load_checkpoint(
+        folder, quantize=Quantization(("*.experts.*", "!*.down_proj"), jnp.float8_e4m3fn)
+    )
+    moe = some.decoder.blocks[0].layers[1].feed_forward
+    assert isinstance(moe.experts.up_proj, Quantized)
+    assert not isinstance(moe.experts.down_proj, Quantized)
+    assert not isinstance(moe.shared_expert.up_proj, Quantized)
+    assert logits(some, random_tokens(1, 9)).shape == (1, 9, 256)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules"),
+    [
+        ({"fsdp": 4, "tensor": 2}, FSDP | TENSOR),
+        ({"fsdp": 2, "expert": 4}, FSDP | EXPERT_REPLICATED_TOKENS),
+    ],
+    ids=["tensor", "expert"],
+)
+def test_sharded_like_the_weights(model, sizes, rules):
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+    quantization = Quantization(("decoder.*_proj",), jnp.float8_e4m3fn)  # exact on CPUs, too
+    small, tokens = quantize(model, quantization), random_tokens(8, 16)
+    placed = shard(small, mesh, rules)
+    assert relative_error(logits(placed, tokens), logits(small, tokens)) < 2e-5
+    weight = placed.decoder.blocks[0].layers[1].feed_forward.experts.gate_proj
+    assert (
+        weight.numbers.sharding.spec
+        == shard(model, mesh, rules)
+        .decoder.blocks[0]
+        .layers[1]
+        .feed_forward.experts.gate_proj.sharding.spec
+    )
+
+
+def test_an_accelerator_converts_inside_the_product(model):
+    """Lowered for a TPU, the numbers are converted to the activations' dtype and multiplied: no
+    float weight is made by multiplying with scales."""
+    rows, weight = jnp.zeros((8, 64), jnp.bfloat16), quantized(jnp.ones((40, 64)), (1,))
+    arrays, static = eqx.partition(weight, eqx.is_array)
+    run = jax.jit(lambda rows, arrays: quantized_product(rows, eqx.combine(arrays, static)))
+    text = run.trace(rows, arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tensor<40x64xi8>) -> tensor<40x64xbf16>" in text
+    assert "multiply" in text
+    assert not [line for line in text.splitlines() if "multiply" in line and "40x64" in line]
+
+
+def test_lora_on_a_quantised_base(model, tmp_path):
+    """QLoRA: only the factors learn, and the adapter is that of the plain model."""
+    config = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
+    plain = l4.Llama4(l4.Llama4Config(config), key=jax.random.key(0))
+    base = quantize(plain, Quantization(dtype=jnp.float8_e4m3fn))
+    lora = LoRA(base, "decoder.*_proj", rank=2, key=jax.random.key(1))
+    tokens, optimizer = random_tokens(2, 20), optax.adam(1e-2)
+    assert relative_error(logits(lora.attached(), tokens), logits(base, tokens)) < 1e-5
+
+    def loss(lora, tokens, key):
+        found = next_token_loss(lora.attached(), tokens, key=key).token
+        return found.total, found.num_tokens, None
+
+    trainable = select(lora, "updates.*")
+    step = make_train_step(optimizer, loss, trainable=trainable, donate=False)
+    state = init_train_state(lora, optimizer, key=jax.random.key(2), trainable=trainable)
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, tokens)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.1
+    assert eqx.tree_equal(state.model.model, base)
+    save_adapter(state.model, tmp_path / "adapter")
+    again = load_adapter(base, tmp_path / "adapter")
+    ours, theirs = (logits(each.attached(), tokens) for each in (again, state.model))
+    assert relative_error(ours, theirs) < 2e-5
+
+
+def test_errors(model, folder, tmp_path):
+    with pytest.raises(ValueError, match="int8 or float8_e4m3fn, not to int4"):
+        Quantization(dtype=jnp.int4)
+    with pytest.raises(ValueError, match="fits no leaf"):
+        quantize(model, Quantization(("nothing",)))
+    with pytest.raises(ValueError, match="isn't a matrix"):
+        quantize(model, Quantization(("*.norm.weight",)))
+    with pytest.raises(ValueError, match="dequantized"):
+        l4.save_checkpoint(quantize(model), tmp_path / "model")
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ValueError, match="goes with neither a mesh"):
+        l4.load_checkpoint(folder, mesh=mesh, rules=TENSOR, quantize=Quantization())
+    assert logits(quantize(model), random_tokens(1, 8), backends=Backends("dense", "dense")).size
