@@ -1,7 +1,8 @@
 """Times this package against `transformers` (eager torch) on this machine, in one run.
 
     python examples/benchmark.py            # everything, about ten minutes
-    python examples/benchmark.py decode     # or: forward train decode vision experts length depth
+    python examples/benchmark.py decode     # or: forward train decode int8 vision experts length
+                                            # depth
 
 Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
 the same run: matmul-bound work against the rate of one plain matrix product, decoding against the
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -183,6 +185,31 @@ def decode() -> None:
     )
 
 
+def int8() -> None:
+    """Weights of eight bits against float32, at the size above and at hidden size 2,048."""
+    wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 32}
+    larger = dataclasses.replace(CONFIG, num_hidden_layers=4, num_key_value_heads=8, **wide)
+    for config in (CONFIG, larger):
+        model, prompt = random_model(config), random_tokens(1, SEQ)
+        forms = {"float32": model.unstacked(), "int8": l4.quantize(model).unstacked()}
+        runs = {
+            f"{name} {new}": partial(l4.generate, form, prompt, max_new_tokens=new)
+            for name, form in forms.items()
+            for new in (1, 1 + NEW)
+        }
+        seconds = interleaved(runs)
+        rates, sizes = {}, {}
+        for name, form in forms.items():
+            rates[name] = NEW / (seconds[f"{name} {1 + NEW}"] - seconds[f"{name} 1"])
+            sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(form))
+        print(
+            f"int8     hidden {config.hidden_size}: decode {rates['int8']:6.1f} tokens/s, "
+            f"{rates['int8'] / rates['float32']:.2f} of float32; "
+            f"prompt {seconds['float32 1'] / seconds['int8 1']:.2f}; "
+            f"bytes {sizes['int8'] / sizes['float32']:.2f}"
+        )
+
+
 def vision() -> None:
     """The vision encoder, pixels to features: the releases' tiles and patches, narrower layers."""
     config = l4.VisionConfig(
@@ -277,7 +304,7 @@ def depth() -> None:
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (forward, train, decode, vision, experts, length, depth)}
+    parts = {f.__name__: f for f in (forward, train, decode, int8, vision, experts, length, depth)}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name in sys.argv[1:] or parts:
         parts[name]()
