@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -48,7 +48,9 @@ CONFIG = l4.TextConfig(
 BATCH, SEQ, NEW = 4, 512, 64
 
 
-def interleaved(alternatives: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+def interleaved(
+    alternatives: Mapping[str, Callable[[], object]], rounds: int = 5
+) -> dict[str, float]:
     """Median seconds of each alternative, run in turn after one round of warming up."""
     times = {name: [] for name in alternatives}
     for i in range(rounds + 1):

@@ -19,5 +19,7 @@ from llama4_eqx.research.lens import tuned_lens_loss as tuned_lens_loss
 from llama4_eqx.research.patching import attribution_patching as attribution_patching
 from llama4_eqx.research.patching import patch_sweep as patch_sweep
 from llama4_eqx.research.routing import routing_counts as routing_counts
+from llama4_eqx.research.swapping import in_layers as in_layers
 from llama4_eqx.research.swapping import layer as layer
 from llama4_eqx.research.swapping import replaced as replaced
+from llama4_eqx.research.swapping import separated as separated

@@ -1,6 +1,6 @@
 """Taking a model's layers apart: one layer, or another module in place of a part of some."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -18,6 +18,48 @@ def layer(model: Llama4, number: int) -> DecoderLayer:
             return block.layer(number - first)
         first += block.depth
     raise ValueError(f"The model has no layer {number}, only 0 to {first - 1}.")
+
+
+def separated(model: Llama4, layers: Sequence[int]) -> Llama4:
+    """The same model with these layers as blocks of their own, for what concerns them alone:
+
+        model = separated(model, [20])
+        lora = LoRA(model, *in_layers(model, [20], "*_proj"), rank=8, key=key)
+
+    The layers between them stay stacked and scanned, if they were.
+    """
+    every = model.decoder.layers()
+    _check_numbers(layers, len(every))
+    was_stacked = any(block.repeats is not None for block in model.decoder.blocks)
+    blocks: list[DecoderBlock] = []
+    start = 0
+    for number in [*sorted(set(layers)), len(every)]:
+        between = every[start:number]
+        if between:
+            blocks += stacked(between) if was_stacked else [DecoderBlock(tuple(between))]
+        blocks += [DecoderBlock((one,)) for one in every[number : number + 1]]
+        start = number + 1
+    return eqx.tree_at(lambda model: model.decoder.blocks, model, tuple(blocks))
+
+
+def in_layers(model: Llama4, layers: Sequence[int], *patterns: str) -> tuple[str, ...]:
+    """Patterns of `select` that match in these layers alone, from patterns within a layer:
+    `in_layers(model, [20], "self_attn.*")`.
+
+    Raises a `ValueError` for a layer that shares its arrays with others: see `separated`.
+    """
+    places = {}
+    for b, block in enumerate(model.decoder.blocks):
+        for i in range(block.depth):
+            alone = block.repeats in (None, 1)
+            places[len(places)] = f"decoder.blocks.{b}.layers.{i}" if alone else None
+    _check_numbers(layers, len(places))
+    shared = [number for number in layers if places[number] is None]
+    if shared:
+        raise ValueError(
+            f"Layer {shared[0]} is stacked with others: take separated(model, {list(layers)})."
+        )
+    return tuple(f"{places[number]}.{pattern}" for number in layers for pattern in patterns)
 
 
 def replaced(
@@ -41,13 +83,19 @@ def replaced(
     blocks = model.decoder.blocks
     every = model.decoder.layers()
     numbers = range(len(every)) if layers is None else layers
-    for number in [numbers] if isinstance(numbers, int) else numbers:
-        if not 0 <= number < len(every):
-            raise ValueError(f"The model has no layer {number}, only 0 to {len(every) - 1}.")
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    _check_numbers(numbers, len(every))
+    for number in numbers:
         every[number] = _with_part(every[number], part, make, number)
     was_stacked = any(block.repeats is not None for block in blocks)
     new = stacked(every) if was_stacked else (DecoderBlock(tuple(every)),)
     return eqx.tree_at(lambda model: model.decoder.blocks, model, new)
+
+
+def _check_numbers(layers: Iterable[int], depth: int) -> None:
+    for number in layers:
+        if not 0 <= number < depth:
+            raise ValueError(f"The model has no layer {number}, only 0 to {depth - 1}.")
 
 
 def _with_part(

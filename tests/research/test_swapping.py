@@ -25,7 +25,7 @@ from llama4_eqx.layers import (
     SequenceMixer,
 )
 from llama4_eqx.layers.context import PLAIN
-from llama4_eqx.research import Ablate, Scale, layer, replaced
+from llama4_eqx.research import Ablate, Scale, in_layers, layer, replaced, separated
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import SCOUT, random_tokens, relative_error
 
@@ -256,3 +256,27 @@ def test_another_part_of_our_own_is_still_refused(model, tmp_path):
     )
     with pytest.raises(ValueError, match=r"layer 3's input_layernorm\.eps is 0\.1"):
         l4.save_checkpoint(other, tmp_path / "model")
+
+
+def test_layers_by_number(model):
+    """The same numbers for a layer, its leaves and LoRA; the others stay scanned."""
+    tokens, apart = random_tokens(2, 20), separated(model, [4, 11])
+    wide = separated(model, [11])
+    for form, first in ((apart, 3), (wide, 2)):  # three alike, or a cycle of four twice
+        assert form.decoder.blocks[0].repeats == first
+        assert sum(block.depth for block in form.decoder.blocks) == 12
+    for form in (apart, wide):
+        np.testing.assert_allclose(forward(form, tokens), forward(model, tokens), atol=1e-5)
+    lora = LoRA(apart, *in_layers(apart, [4], "self_attn.*_proj"), rank=2, key=jax.random.key(0))
+    assert len(lora.updates) == 4
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1, lora.updates)
+    changed = lora.with_updates(noisy).merged()
+    for number in range(12):
+        same = eqx.tree_equal(layer(changed, number), layer(model, number))
+        assert bool(same) == (number != 4)
+    with pytest.raises(ValueError, match="Layer 4 is stacked with others"):
+        in_layers(model, [4], "*")
+    for wrong in (lambda: separated(model, [12]), lambda: in_layers(apart, [-1], "*")):
+        with pytest.raises(ValueError, match="no layer"):
+            wrong()
+    assert in_layers(model.unstacked(), [3], "*") == ("decoder.blocks.0.layers.3.*",)
