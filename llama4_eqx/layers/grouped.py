@@ -19,6 +19,7 @@ from llama4_eqx.layers.quantized import (
     Quantized,
     int8_dot,
     int8_rows,
+    is_quantized,
     plain_weight,
 )
 from llama4_eqx.layers.remat import save_residual
@@ -91,17 +92,25 @@ def _dense(rows: Array, gate: Array, up: Array, down: Array, sizes: Array) -> Ar
     return jnp.where(of_expert[..., None], out, 0).sum(0)
 
 
-def _row_by_row(rows: Array, gate: Array, up: Array, down: Array, sizes: Array) -> Array:
+def _row_by_row(rows: Array, *weights_and_sizes: Any) -> Array:
+    *weights, sizes = jax.tree.leaves(weights_and_sizes, is_leaf=is_quantized)
     expert_of_row = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+
+    def product(x: Array, weight: Any, expert: Array) -> Array:
+        own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weight)
+        if not isinstance(own, Quantized):
+            return x @ own
+        out = (x @ own.numbers.astype(x.dtype)).astype(jnp.float32)
+        return (out * own.scale[0]).astype(x.dtype)
 
     def one(operand):
         row, expert = operand
-        own = (lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in (gate, up, down))
-        own_gate, own_up, own_down = own
-        return _swiglu(row @ own_gate, row @ own_up) @ own_down
+        gate, up, down = weights
+        inner = _swiglu(product(row, gate, expert), product(row, up, expert))
+        return product(inner, down, expert)
 
-    out = lax.map(one, (rows, jnp.minimum(expert_of_row, len(gate) - 1)))
-    return jnp.where((expert_of_row < len(gate))[:, None], out, 0)
+    out = lax.map(one, (rows, jnp.minimum(expert_of_row, len(weights[0]) - 1)))
+    return jnp.where((expert_of_row < len(weights[0]))[:, None], out, 0)
 
 
 @jax.custom_vjp
@@ -222,10 +231,17 @@ def _own(weight: Any, expert: Int[Array, ""]) -> Any:
 
 @jax.custom_vjp
 def _of_quantized(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
-    if any(weight.numbers.dtype != jnp.int8 for weight in weights):
-        return _quantized_ragged(rows, weights, sizes)
+    def with_plain_weights(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+        return grouped_mlp(rows, *_plain(weights), sizes)
+
+    few = 4 * len(rows) <= len(sizes)
     return lax.platform_dependent(
-        rows, weights, sizes, cpu=_quantized_blocked, default=_quantized_ragged
+        rows,
+        weights,
+        sizes,
+        cpu=_quantized_blocked,
+        cuda=_row_by_row if few else with_plain_weights,
+        default=_quantized_ragged,
     )
 
 
@@ -264,16 +280,23 @@ def _quantized_ragged(rows: Array, weights: _QuantizedWeights, sizes: Array) -> 
 def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
     block, _ = _block_sizes(len(rows), len(sizes))
     block = max(block, LEAST_ROWS)
-    x, x_scale = int8_rows(jnp.pad(rows, ((0, block), (0, 0))))
+    in_int8 = all(weight.numbers.dtype == jnp.int8 for weight in weights)
+    wide = _widen(rows, block)
+    x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones((len(wide), 1)))
+
+    def product(x: Array, scale: Array, weight: Quantized) -> Array:
+        if in_int8:
+            return int8_dot(x, weight.numbers, 0) * scale * weight.scale
+        return x @ (weight.numbers.astype(x.dtype) * weight.scale.astype(x.dtype))
 
     def visit(out, start, end, expert, own):
         block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))
         gate, up, down = own
-        gated, upped = (int8_dot(block_x, w.numbers, 0) * scale * w.scale for w in (gate, up))
-        inner, inner_scale = int8_rows(_swiglu(gated, upped))
-        return _write(out, int8_dot(inner, down.numbers, 0) * inner_scale * down.scale, start)
+        inner = _swiglu(product(block_x, scale, gate), product(block_x, scale, up))
+        inner, inner_scale = int8_rows(inner) if in_int8 else (inner, scale)
+        return _write(out, product(inner, inner_scale, down), start)
 
-    out = jnp.zeros(x.shape, jnp.float32)
+    out = jnp.zeros(wide.shape, wide.dtype)
     out = _visit_blocks(visit, out, block, weights, sizes)[: len(rows)]
     return jnp.where(_has_expert(rows, sizes), out, 0).astype(rows.dtype)
 
