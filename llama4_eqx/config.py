@@ -7,15 +7,11 @@ of its values, however it is made.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, no_type_check
+from typing import Any, no_type_check
 
 from llama4_eqx import config_checks, hf_config
-
-# Far above any model's: a damaged file must not cause lists of billions of layers.
-_MAX_LAYERS = 10_000
-_Config = TypeVar("_Config")
+from llama4_eqx.vision_config import VisionConfig
 
 
 def determine_is_nope_layer(layer_id: int, nope_layer_interval: int) -> bool:
@@ -106,8 +102,9 @@ class TextConfig:
             "text_config",
             [
                 (
-                    layers <= _MAX_LAYERS,
-                    f"num_hidden_layers must be at most {_MAX_LAYERS}, but is {layers}",
+                    layers <= config_checks.MAX_LAYERS,
+                    f"num_hidden_layers must be at most {config_checks.MAX_LAYERS}, but is "
+                    f"{layers}",
                 ),
                 (
                     self.hidden_act == "silu",
@@ -211,13 +208,13 @@ class TextConfig:
         config = cls._from_fields(fields)
         if not parts.identified:
             raise hf_config.unidentified(parts.text)
-        config_checks.refuse_unknown(_without(cls, fields), "text_config")
+        config_checks.refuse_unknown(config_checks.without_fields_of(cls, fields), "text_config")
         # transformers reads no copies of these fields beside text_config, so they must be equal.
         copies = hf_config.text_fields(parts.top, {})
-        config_checks.refuse_unknown(_without(cls, copies), "config.json")
+        config_checks.refuse_unknown(config_checks.without_fields_of(cls, copies), "config.json")
         repeated = cls._from_fields(fields | copies)
         read_apart = {*hf_config.TOKEN_IDS, "tie_word_embeddings", "initializer_range"}
-        for name in sorted((_names(cls) & copies.keys()) - read_apart):
+        for name in sorted((config_checks.field_set(cls) & copies.keys()) - read_apart):
             inner, outer = getattr(config, name), getattr(repeated, name)
             if inner != outer:
                 raise hf_config.disagreement(f"{name} in text_config", inner, "beside it", outer)
@@ -238,7 +235,7 @@ class TextConfig:
             longest = fields.get("max_position_embeddings", cls.max_position_embeddings)
             scaling = {"original_max_position_embeddings": longest} | scaling
             fields["rope_scaling"] = RopeScaling(**scaling)
-        return _from_known(cls, fields)
+        return config_checks.from_known(cls, fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a text-only `config.json`, which `transformers` opens."""
@@ -247,106 +244,6 @@ class TextConfig:
             "model_type": "llama4_text",
             **hf_config.written(dataclasses.asdict(self)),
         }
-
-
-@no_type_check  # __post_init__ checks the types, with better errors
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision encoder's hyperparameters. Sizes of images and patches are in pixels."""
-
-    hidden_size: int = 1408
-    hidden_act: str = "gelu"
-    num_hidden_layers: int = 34
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    intermediate_size: int = 5632
-    vision_output_dim: int = 4096
-    image_size: int = 336
-    patch_size: int = 14
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    initializer_range: float = 0.02
-    pixel_shuffle_ratio: float = 0.5
-    projector_input_dim: int = 4096
-    projector_output_dim: int = 4096
-    projector_dropout: float = 0.0
-    attention_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        config_checks.normalize(
-            self,
-            "vision_config",
-            positive="hidden_size num_hidden_layers num_attention_heads num_channels "
-            "intermediate_size vision_output_dim image_size patch_size norm_eps rope_theta "
-            "pixel_shuffle_ratio projector_input_dim projector_output_dim",
-        )
-        sizes = self.projector_input_dim, self.projector_output_dim, self.vision_output_dim
-        dropouts = self.projector_dropout, self.attention_dropout
-        config_checks.require(
-            "vision_config",
-            [
-                (
-                    self.num_hidden_layers <= _MAX_LAYERS,
-                    f"num_hidden_layers must be at most {_MAX_LAYERS}, but is "
-                    f"{self.num_hidden_layers}",
-                ),
-                (
-                    self.hidden_act == "gelu",
-                    f"hidden_act must be 'gelu', but is {hf_config.shown(self.hidden_act)}",
-                ),
-                (
-                    self.norm_eps == 1e-5,
-                    f"norm_eps must be 1e-05, which transformers uses in the vision encoder "
-                    f"whatever the file says, but is {self.norm_eps}",
-                ),
-                (
-                    round(self.hidden_size / self.pixel_shuffle_ratio**2) == self.intermediate_size,
-                    f"intermediate_size ({self.intermediate_size}), which is also the adapter's "
-                    f"input, must be hidden_size / pixel_shuffle_ratio², of {self.hidden_size} and "
-                    f"{self.pixel_shuffle_ratio}",
-                ),
-                (
-                    len(set(sizes)) == 1,
-                    "projector_input_dim, projector_output_dim and vision_output_dim must be "
-                    f"equal, but are {sizes[0]}, {sizes[1]} and {sizes[2]}",
-                ),
-                (
-                    max(dropouts) < 1,
-                    "projector_dropout and attention_dropout must be in [0, 1), but are "
-                    f"{dropouts[0]} and {dropouts[1]}",
-                ),
-                (
-                    self.hidden_size % (4 * self.num_attention_heads) == 0,
-                    f"hidden_size ({self.hidden_size}) must be a multiple of 4 x "
-                    f"num_attention_heads ({self.num_attention_heads}) for the 2-D RoPE",
-                ),
-                (
-                    self.image_size % self.patch_size == 0,
-                    f"image_size ({self.image_size}) must be a multiple of "
-                    f"patch_size ({self.patch_size})",
-                ),
-            ],
-        )
-
-    @classmethod
-    def from_hf(cls, source: hf_config.Source) -> "VisionConfig":
-        """Reads a `vision_config`, alone or as the part of a whole `config.json`."""
-        with hf_config.reading(source) as raw:
-            part = hf_config.parts(raw).vision if hf_config.is_whole(raw) else raw
-            if part is None:
-                raise ValueError("config.json has no vision_config: its model is text-only.")
-            return cls._from_part(hf_config.vision_part(part))
-
-    @classmethod
-    def _from_part(cls, part: Mapping[str, Any]) -> "VisionConfig":
-        fields = hf_config.vision_fields(part)
-        config = _from_known(cls, fields)
-        config_checks.refuse_unknown(_without(cls, fields), "vision_config")
-        return config
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json`'s `vision_config`."""
-        return {"model_type": "llama4_vision_model", **hf_config.written(dataclasses.asdict(self))}
 
 
 @no_type_check  # __post_init__ checks the types, with better errors
@@ -446,17 +343,3 @@ class Llama4Config:
             "text_config": self.text_config.to_hf(),
             "vision_config": self.vision_config.to_hf(),
         }
-
-
-def _names(cls: type) -> frozenset[str]:
-    return frozenset(field.name for field in dataclasses.fields(cls))
-
-
-def _from_known(cls: type[_Config], fields: Mapping[str, Any]) -> _Config:
-    """A config from those of the fields that it has."""
-    return cls(**{name: fields[name] for name in _names(cls) & fields.keys()})
-
-
-def _without(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a config doesn't have."""
-    return {name: value for name, value in fields.items() if name not in _names(cls)}

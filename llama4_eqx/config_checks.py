@@ -4,11 +4,16 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from llama4_eqx.hf_config import field_names, listed, shown
+
+# Far above any model's: a damaged file must not cause lists of billions of layers.
+MAX_LAYERS = 10_000
+
+_Config = TypeVar("_Config")
 
 # Fields that never change the function, whatever their value. First what transformers writes into
 # any config.json. The dtype of the weights is that of the tensors, so `dtype` isn't needed.
@@ -120,6 +125,21 @@ def refuse_unknown(fields: Mapping[str, Any], where: str) -> None:
             f"{where} has fields that this package doesn't know: {field_names(unknown)}. "
             "Remove them if they change nothing, or ask for support if they do."
         )
+
+
+def field_set(cls: type) -> frozenset[str]:
+    """The names of a config's fields."""
+    return frozenset(field.name for field in dataclasses.fields(cls))
+
+
+def from_known(cls: type[_Config], fields: Mapping[str, Any]) -> _Config:
+    """A config from those of the fields that it has."""
+    return cls(**{name: fields[name] for name in field_set(cls) & fields.keys()})
+
+
+def without_fields_of(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a config doesn't have."""
+    return {name: value for name, value in fields.items() if name not in field_set(cls)}
 
 
 def _raise(part: str, broken: list[str]) -> None:

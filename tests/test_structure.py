@@ -26,6 +26,7 @@ PACKAGE = Path(l4.__file__).parent
 FLOORS = (
     ("hf_config", "axes", "lowering", "run_time_checks", "processing"),
     ("config_checks", "input_checks", "layers", "linen", "shape_checks", "summary"),
+    ("vision_config",),
     ("config",),
     ("decoder", "projector"),
     ("vision",),

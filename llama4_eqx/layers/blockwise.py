@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.layers.backends import AttentionBackend, check_backend
-from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over, varying_axes
+from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
 from llama4_eqx.layers.cudnn import cudnn_attention, fits_cudnn
 from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.hopper import gpus
@@ -80,11 +80,10 @@ def attention(
     blockwise = partial(blockwise_attention, **settings, **dropped)
     if backend == "blockwise" or not gpus():
         return blockwise(q, k, v, queries, keys)
-    automatic = for_cudnn and not varying_axes(q)  # untried inside jax.shard_map
     large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
     # Only on a machine with a GPU, since tracing two forms and their gradients takes its time.
     return lax.platform_dependent(
-        q, k, v, queries, keys, cuda=by_cudnn if automatic else large, default=blockwise
+        q, k, v, queries, keys, cuda=by_cudnn if for_cudnn else large, default=blockwise
     )
 
 

@@ -11,7 +11,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.backends import ExpertsBackend, check_backend
-from llama4_eqx.layers.collectives import varying_axes
 from llama4_eqx.layers.grouped_products import HOPPER, RAGGED, mlp_by_products
 from llama4_eqx.layers.hopper import fits_hopper, has_hopper
 from llama4_eqx.layers.quantized import (
@@ -49,10 +48,10 @@ def grouped_mlp(
     `"hopper"`, kernels for H100 and H200, for 16-bit numbers and sizes that are multiples of 128;
     or `"rows"`, one row after another. None chooses by the platform that the program is lowered
     for: blocked on CPUs; on GPUs rows for a few of them, else hopper where it fits and this machine
-    has such a GPU, outside of `shard_map`, in which it is untried; and ragged everywhere else.
+    has such a GPU; and ragged everywhere else.
 
-    Of quantised weights, int8 ones have a loop of their own on CPUs and the others a ragged product
-    of the converted numbers; with a `backend`, they are dequantised first.
+    Quantised weights go through a loop of their own on CPUs, through a ragged product of the
+    converted numbers on TPUs, and are dequantised for many rows on GPUs or with a `backend`.
     """
     check_backend(backend, get_args(ExpertsBackend), "experts")
     weights = gate_proj, up_proj, down_proj
@@ -69,7 +68,7 @@ def grouped_mlp(
         return _BACKENDS[backend](*operands)
     if 4 * len(rows) <= len(gate):  # measured on an H100: reads less than all experts do
         on_gpu = _row_by_row
-    elif has_hopper() and fits_hopper(rows, gate) and not varying_axes(rows):
+    elif has_hopper() and fits_hopper(rows, gate):
         on_gpu = _hopper
     else:
         on_gpu = _ragged

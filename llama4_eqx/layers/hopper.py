@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.collectives import pvary, varying_axes
+
 # Tiles of the kernels: the fastest of four tried on an H100, at 8,192 rows of Scout's sizes.
 BLOCK = 128
 _TILES: dict[str, Any] = {
@@ -60,7 +62,8 @@ def grouped_product(
             x, weight, group_sizes=sizes, grid_block_n=8, transpose_rhs=transposed, **_TILES
         )
 
-    return product(x, weight, sizes)
+    # The kernels lose on which mesh axes their operands vary.
+    return pvary(product(x, weight, sizes), tuple(varying_axes(x) | varying_axes(weight)))
 
 
 def outer_product(
@@ -77,4 +80,4 @@ def outer_product(
             left, right, group_sizes=sizes, grid_block_n=4, **_TILES
         )
 
-    return product(left, right, sizes)
+    return pvary(product(left, right, sizes), tuple(varying_axes(left) | varying_axes(right)))

@@ -48,18 +48,18 @@ def in_layers(model: Llama4, layers: Sequence[int], *patterns: str) -> tuple[str
 
     Raises a `ValueError` for a layer that shares its arrays with others: see `separated`.
     """
-    places = {}
+    paths = {}
     for b, block in enumerate(model.decoder.blocks):
         for i in range(block.depth):
             alone = block.repeats in (None, 1)
-            places[len(places)] = f"decoder.blocks.{b}.layers.{i}" if alone else None
-    _check_numbers(layers, len(places))
-    shared = [number for number in layers if places[number] is None]
+            paths[len(paths)] = f"decoder.blocks.{b}.layers.{i}" if alone else None
+    _check_numbers(layers, len(paths))
+    shared = [number for number in layers if paths[number] is None]
     if shared:
         raise ValueError(
             f"Layer {shared[0]} is stacked with others: take separated(model, {list(layers)})."
         )
-    return tuple(f"{places[number]}.{pattern}" for number in layers for pattern in patterns)
+    return tuple(f"{paths[number]}.{pattern}" for number in layers for pattern in patterns)
 
 
 def replaced(
