@@ -281,7 +281,7 @@ def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) ->
     block = max(block, LEAST_ROWS)
     in_int8 = all(weight.numbers.dtype == jnp.int8 for weight in weights)
     wide = _widen(rows, block)
-    x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones((len(wide), 1)))
+    x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones_like(wide[:, :1]))
 
     def product(x: Array, scale: Array, weight: Quantized) -> Array:
         if in_int8:
@@ -295,8 +295,7 @@ def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) ->
         inner, inner_scale = int8_rows(inner) if in_int8 else (inner, scale)
         return _write(out, product(inner, inner_scale, down), start)
 
-    out = jnp.zeros(wide.shape, wide.dtype)
-    out = _visit_blocks(visit, out, block, weights, sizes)[: len(rows)]
+    out = _visit_blocks(visit, jnp.zeros_like(wide), block, weights, sizes)[: len(rows)]
     return jnp.where(_has_expert(rows, sizes), out, 0).astype(rows.dtype)
 
 
