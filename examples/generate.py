@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import llama4_eqx as l4
+from llama4_eqx.checkpoints import load_generation_config
 from llama4_eqx.processing import encode_chat, load_tokenizer
 
 WITHOUT_FOLDER = """\
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", default="The ")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; else as the folder says")
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -51,13 +52,19 @@ def main() -> None:
     else:
         prompt = tokenizer.encode(options.prompt, bos=True)
         print(options.prompt, end="", flush=True)
-    greedy = options.temperature == 0
+    settings = load_generation_config(options.folder)
+    if options.temperature == 0:
+        sampler = l4.Greedy()
+    elif options.temperature is None and settings is not None:
+        sampler = settings.sampler()
+    else:
+        sampler = l4.Sample(options.temperature or 0.6, top_p=options.top_p)
     stream = tokenizer.stream()
     for token in l4.stream(
         model.unstacked() if on_cpu else model,
         jnp.asarray(prompt, jnp.int32),
         max_new_tokens=options.max_new_tokens,
-        sampler=l4.Greedy() if greedy else l4.Sample(options.temperature, top_p=options.top_p),
+        sampler=sampler,
         key=jax.random.key(options.seed),
         stop_ids=model.config.text_config.stop_ids,
     ):

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama4_eqx.checkpoints.errors import CheckpointError
 from llama4_eqx.config import TextConfig
+from llama4_eqx.generation import Greedy, Sample, Sampler
 
 FILE = "generation_config.json"
 _MAX_BYTES = 2**20
@@ -31,6 +32,13 @@ class GenerationConfig:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+
+    def sampler(self) -> Sampler:
+        """The sampler that the file asks for: `transformers`' default is greedy decoding."""
+        if not self.do_sample or self.temperature == 0:
+            return Greedy()
+        temperature = 1.0 if self.temperature is None else self.temperature
+        return Sample(temperature, top_k=self.top_k or None, top_p=self.top_p)
 
 
 def load_generation_config(folder: str | os.PathLike[str]) -> GenerationConfig | None:

@@ -1,6 +1,7 @@
 """Routing tokens to their experts and back, on one device or among many."""
 
 from math import ceil
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.activation import Activation, silu
 from llama4_eqx.layers.backends import ExpertsBackend
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_over
 from llama4_eqx.layers.grouped import grouped_mlp
@@ -27,6 +29,7 @@ def routed_experts(
     down_proj: Float[Array, "experts ff hidden"] | Quantized,
     mesh_axes: MeshAxes,
     backend: ExpertsBackend | None = None,
+    activation: Activation = silu,
 ) -> Float[Array, "tokens hidden"]:
     """`Σ_k expert_k(router_weight_k · x)`. Dropless: however uneven the routing, no token is lost.
 
@@ -35,6 +38,7 @@ def routed_experts(
     their experts' outputs are all-reduced. If `ff` is sharded the result is a partial sum, which
     the caller reduces.
     """
+    form = _Form(backend, activation)
     all_to_all = bool(mesh_axes.experts) and set(mesh_axes.experts) <= set(mesh_axes.tokens)
     x, router_weights, expert_ids, *weights = match_vma(
         x, router_weights, expert_ids, gate_proj, up_proj, down_proj
@@ -42,16 +46,23 @@ def routed_experts(
     rows = (x[:, None] * router_weights[..., None]).reshape(-1, x.shape[-1])
     expert_of_row = expert_ids.reshape(-1)
     if all_to_all:
-        out = _through_all_to_all(rows, expert_of_row, tuple(weights), mesh_axes.experts, backend)
+        out = _through_all_to_all(rows, expert_of_row, tuple(weights), mesh_axes.experts, form)
     else:
         if mesh_axes.experts:
             local_experts = len(gate_proj)
             expert_of_row -= lax.axis_index(mesh_axes.experts) * local_experts
             here = (expert_of_row >= 0) & (expert_of_row < local_experts)
             expert_of_row = jnp.where(here, expert_of_row, local_experts)
-        out = _through_local_experts(rows, expert_of_row, tuple(weights), backend)
+        out = _through_local_experts(rows, expert_of_row, tuple(weights), form)
     out = out.reshape(*expert_ids.shape, x.shape[-1]).sum(-2)
     return psum_over(out, () if all_to_all else mesh_axes.experts)
+
+
+class _Form(NamedTuple):
+    """How the experts are computed."""
+
+    backend: ExpertsBackend | None
+    activation: Activation
 
 
 # The experts' gate, up and down projections.
@@ -62,14 +73,14 @@ def _through_local_experts(
     rows: Float[Array, "tokens hidden"],
     expert_of_row: Int[Array, "tokens"],
     weights: _Weights,
-    backend: ExpertsBackend | None,
+    form: _Form,
 ) -> Float[Array, "tokens hidden"]:
     """Each row through its expert; zeros for a row whose expert is past the last one."""
     order = jnp.argsort(expert_of_row)
     group_sizes = jnp.bincount(expert_of_row, length=len(weights[0]))
     rows, order, group_sizes = match_vma(rows, order, group_sizes)
     sorted_rows = rows.at[order].get(unique_indices=True)
-    out = grouped_mlp(sorted_rows, *weights, group_sizes, backend=backend)
+    out = grouped_mlp(sorted_rows, *weights, group_sizes, **form._asdict())
     return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
 
 
@@ -78,7 +89,7 @@ def _through_all_to_all(
     expert_of_row: Int[Array, "tokens"],
     weights: _Weights,
     axis_names: AxisNames,
-    backend: ExpertsBackend | None,
+    form: _Form,
 ) -> Float[Array, "tokens hidden"]:
     """Each row through its expert, on whichever device along the mesh axes that is.
 
@@ -96,7 +107,7 @@ def _through_all_to_all(
         count=counts,
         axis_names=axis_names,
         capacity=capacity,
-        backend=backend,
+        form=form,
     )
     route, rows = match_vma(route, rows)
     rounds = lax.pmax(jnp.max(-(-counts // capacity)), axis_names)
@@ -117,7 +128,7 @@ class _Route(eqx.Module):
     count: Int[Array, "devices"]
     axis_names: AxisNames = eqx.field(static=True)
     capacity: int = eqx.field(static=True)
-    backend: ExpertsBackend | None = eqx.field(static=True)
+    form: _Form = eqx.field(static=True)
 
 
 def _round(
@@ -129,7 +140,7 @@ def _round(
     expert = jnp.where(real, route.local_expert[row], len(weights[0]))
     received, expert = save_residual(_dispatch(sent, route)), _dispatch(expert, route)
     received = received.reshape(-1, rows.shape[-1])
-    out = _through_local_experts(received, expert.reshape(-1), weights, route.backend)
+    out = _through_local_experts(received, expert.reshape(-1), weights, route.form)
     returned = _combine(out.reshape(sent.shape), route)
     return jnp.zeros_like(rows).at[row].add(jnp.where(real[..., None], returned, 0))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.activation import Activation, gated_product, silu
 from llama4_eqx.layers.backends import ExpertsBackend, check_backend
 from llama4_eqx.layers.grouped_products import HOPPER, RAGGED, mlp_by_products
 from llama4_eqx.layers.hopper import fits_hopper, has_hopper
@@ -33,9 +34,10 @@ def grouped_mlp(
     down_proj: Float[Array, "experts ff hidden"] | Quantized,
     group_sizes: Int[Array, "experts"],
     *,
+    activation: Activation = silu,
     backend: ExpertsBackend | None = None,
 ) -> Float[Array, "tokens hidden"]:
-    """`(silu(x · gate) * (x · up)) · down` of each row x, with the weights of the row's expert.
+    """`(activation(x · gate) * (x · up)) · down` of each row x, with the weights of its expert.
 
     The first `group_sizes[0]` rows belong to expert 0, the next `group_sizes[1]` to expert 1, and
     so on, whatever the sizes. Rows past the last group belong to no expert: they give zeros and get
@@ -56,7 +58,7 @@ def grouped_mlp(
     check_backend(backend, get_args(ExpertsBackend), "experts")
     weights = gate_proj, up_proj, down_proj
     if backend is None and all(isinstance(weight, Quantized) for weight in weights):
-        return _of_quantized(rows, cast(_QuantizedWeights, weights), group_sizes)
+        return _of_quantized(activation, rows, cast(_QuantizedWeights, weights), group_sizes)
     gate, up, down = map(plain_weight, weights)
     operands = rows, gate, up, down, group_sizes
     if backend == "hopper" and not fits_hopper(rows, gate):
@@ -65,33 +67,34 @@ def grouped_mlp(
             f"{rows.dtype} and weights of {gate.shape}: pass None."
         )
     if backend is not None:
-        return _BACKENDS[backend](*operands)
+        return _BACKENDS[backend](activation, *operands)
     if 4 * len(rows) <= len(gate):  # measured on an H100: reads less than all experts do
         on_gpu = _row_by_row
     elif has_hopper() and fits_hopper(rows, gate):
         on_gpu = _hopper
     else:
         on_gpu = _ragged
-    return lax.platform_dependent(*operands, cpu=_blocked, cuda=on_gpu, default=_ragged)
-
-
-def _swiglu(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
+    forms = {"cpu": _blocked, "cuda": on_gpu, "default": _ragged}
+    return lax.platform_dependent(
+        *operands, **{name: partial(form, activation) for name, form in forms.items()}
+    )
 
 
 def _has_expert(rows: Array, sizes: Array) -> Array:
     return (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
 
 
-def _dense(rows: Array, gate: Array, up: Array, down: Array, sizes: Array) -> Array:
+def _dense(
+    activation: Activation, rows: Array, gate: Array, up: Array, down: Array, sizes: Array
+) -> Array:
     row, ends = jnp.arange(rows.shape[0]), jnp.cumsum(sizes)[:, None]
     of_expert = (ends - sizes[:, None] <= row) & (row < ends)
     gated, upped = (jnp.einsum("td,edf->etf", rows, weight) for weight in (gate, up))
-    out = jnp.einsum("etf,efd->etd", _swiglu(gated, upped), down)
+    out = jnp.einsum("etf,efd->etd", gated_product(activation, gated, upped), down)
     return jnp.where(of_expert[..., None], out, 0).sum(0)
 
 
-def _row_by_row(rows: Array, *weights_and_sizes: Any) -> Array:
+def _row_by_row(activation: Activation, rows: Array, *weights_and_sizes: Any) -> Array:
     *weights, sizes = jax.tree.leaves(weights_and_sizes, is_leaf=is_quantized)
     expert_of_row = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
 
@@ -105,19 +108,21 @@ def _row_by_row(rows: Array, *weights_and_sizes: Any) -> Array:
     def one(operand):
         row, expert = operand
         gate, up, down = weights
-        inner = _swiglu(product(row, gate, expert), product(row, up, expert))
-        return product(inner, down, expert)
+        gated, upped = (product(row, weight, expert) for weight in (gate, up))
+        return product(gated_product(activation, gated, upped), down, expert)
 
     out = lax.map(one, (rows, jnp.minimum(expert_of_row, len(weights[0]) - 1)))
     return jnp.where((expert_of_row < len(weights[0]))[:, None], out, 0)
 
 
-@jax.custom_vjp
-def _blocked(rows: Array, gate: Array, up: Array, down: Array, sizes: Array) -> Array:
-    return _forward(rows, gate, up, down, sizes, save_inner=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(
+    activation: Activation, rows: Array, gate: Array, up: Array, down: Array, sizes: Array
+) -> Array:
+    return _forward(activation, rows, gate, up, down, sizes, save_inner=False)[0]
 
 
-def _forward(rows, gate, up, down, sizes, save_inner=True):
+def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
     block, spare = _block_sizes(rows.shape[0], sizes.shape[0])
     x = _widen(rows, spare)
     inner = jnp.zeros_like(x, shape=(x.shape[0], gate.shape[-1]))
@@ -128,7 +133,7 @@ def _forward(rows, gate, up, down, sizes, save_inner=True):
         block_x = lax.dynamic_slice_in_dim(x, start, block)
         block_inner = block_x @ weights[0], block_x @ weights[1]
         # What this writes past the expert's `end` is wrong, and overwritten by the next expert.
-        out = _write(out, _swiglu(*block_inner) @ weights[2], start)
+        out = _write(out, gated_product(activation, *block_inner) @ weights[2], start)
         inner = tuple(map(lambda all, one: _write(all, one, start), inner, block_inner))
         return out, inner
 
@@ -139,7 +144,7 @@ def _forward(rows, gate, up, down, sizes, save_inner=True):
     return out.astype(rows.dtype), (x, inner, weights, sizes)
 
 
-def _backward(residuals, d_out):
+def _backward(activation, residuals, d_out):
     x, inner, weights, sizes = residuals
     _, block = _block_sizes(d_out.shape[0], sizes.shape[0])
     wide_d_out = _widen(d_out, block)
@@ -150,8 +155,8 @@ def _backward(residuals, d_out):
         of_expert = (start + jnp.arange(block) < end)[:, None]
         block_d_out = jnp.where(of_expert, lax.dynamic_slice_in_dim(wide_d_out, start, block), 0)
         block_inner = (lax.dynamic_slice_in_dim(one, start, block) for one in inner)
-        act, swiglu_vjp = jax.vjp(_swiglu, *block_inner)
-        d_gated, d_upped = swiglu_vjp(block_d_out @ down.T)
+        act, gated_vjp = jax.vjp(partial(gated_product, activation), *block_inner)
+        d_gated, d_upped = gated_vjp(block_d_out @ down.T)
         block_x = lax.dynamic_slice_in_dim(x, start, block)
         return (
             _write(d_x, d_gated @ gate.T + d_upped @ up.T, start),
@@ -228,41 +233,41 @@ def _own(weight: Any, expert: Int[Array, ""]) -> Any:
     return weight[expert] if isinstance(weight, Quantized) else weight[expert].astype(_wide(weight))
 
 
-@jax.custom_vjp
-def _of_quantized(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
-    def with_plain_weights(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
-        return grouped_mlp(rows, *_plain(weights), sizes)
-
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_quantized(
+    activation: Activation, rows: Array, weights: _QuantizedWeights, sizes: Array
+) -> Array:
     few = 4 * len(rows) <= len(sizes)
+    on_gpu = _row_by_row if few else _with_plain_weights
+    forms = {"cpu": _quantized_blocked, "cuda": on_gpu, "default": _quantized_ragged}
     return lax.platform_dependent(
-        rows,
-        weights,
-        sizes,
-        cpu=_quantized_blocked,
-        cuda=_row_by_row if few else with_plain_weights,
-        default=_quantized_ragged,
+        rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}
     )
 
 
-def _quantized_forward(rows, weights, sizes):
-    return _of_quantized(rows, weights, sizes), (rows, weights, sizes)
+def _quantized_forward(activation, rows, weights, sizes):
+    return _of_quantized(activation, rows, weights, sizes), (rows, weights, sizes)
 
 
-def _quantized_backward(residuals, d_out):
+def _quantized_backward(activation, residuals, d_out):
     rows, weights, sizes = residuals
-    _, vjp = jax.vjp(lambda rows: grouped_mlp(rows, *_plain(weights), sizes), rows)
+    _, vjp = jax.vjp(lambda rows: _with_plain_weights(activation, rows, weights, sizes), rows)
     return *vjp(d_out), None, None
 
 
 _of_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
-def _plain(weights: _QuantizedWeights) -> tuple[Array, Array, Array]:
-    gate, up, down = weights
-    return gate.dequantized(), up.dequantized(), down.dequantized()
+def _with_plain_weights(
+    activation: Activation, rows: Array, weights: _QuantizedWeights, sizes: Array
+) -> Array:
+    gate, up, down = (weight.dequantized() for weight in weights)
+    return grouped_mlp(rows, gate, up, down, sizes, activation=activation)
 
 
-def _quantized_ragged(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+def _quantized_ragged(
+    activation: Activation, rows: Array, weights: _QuantizedWeights, sizes: Array
+) -> Array:
     expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
     expert = jnp.minimum(expert, len(sizes) - 1)
 
@@ -272,11 +277,13 @@ def _quantized_ragged(rows: Array, weights: _QuantizedWeights, sizes: Array) -> 
 
     gate, up, down = weights
     x = jnp.where(_has_expert(rows, sizes), rows, 0)
-    inner = _swiglu(product(x, gate), product(x, up))
+    inner = gated_product(activation, product(x, gate), product(x, up))
     return jnp.where(_has_expert(rows, sizes), product(inner, down), 0)
 
 
-def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) -> Array:
+def _quantized_blocked(
+    activation: Activation, rows: Array, weights: _QuantizedWeights, sizes: Array
+) -> Array:
     block, _ = _block_sizes(len(rows), len(sizes))
     block = max(block, LEAST_ROWS)
     in_int8 = all(weight.numbers.dtype == jnp.int8 for weight in weights)
@@ -291,7 +298,8 @@ def _quantized_blocked(rows: Array, weights: _QuantizedWeights, sizes: Array) ->
     def visit(out, start, end, expert, own):
         block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))
         gate, up, down = own
-        inner = _swiglu(product(block_x, scale, gate), product(block_x, scale, up))
+        gated, upped = (product(block_x, scale, weight) for weight in (gate, up))
+        inner = gated_product(activation, gated, upped)
         inner, inner_scale = int8_rows(inner) if in_int8 else (inner, scale)
         return _write(out, product(inner, inner_scale, down), start)
 

@@ -10,6 +10,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers import hopper
+from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.remat import save_residual
 
 
@@ -35,9 +36,10 @@ class Products(NamedTuple):
     block: int
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mlp_by_products(
     products: Products,
+    activation: Activation,
     rows: Float[Array, "tokens hidden"],
     gate: Float[Array, "experts hidden ff"],
     up: Float[Array, "experts hidden ff"],
@@ -45,26 +47,27 @@ def mlp_by_products(
     sizes: Int[Array, "experts"],
 ) -> Float[Array, "tokens hidden"]:
     """See `grouped.grouped_mlp`. Has no forward-mode derivative."""
-    return _forward(products, rows, gate, up, down, sizes)[0]
+    return _forward(products, activation, rows, gate, up, down, sizes)[0]
 
 
-def _forward(products, rows, gate, up, down, sizes):
+def _forward(products, activation, rows, gate, up, down, sizes):
     has_expert, x = _in_blocks(products, rows, sizes)
     gated, upped = (
         save_residual(jnp.where(has_expert, products.grouped(x, weight, sizes), 0))
         for weight in (gate, up)
     )
-    out = jnp.where(has_expert, products.grouped(_swiglu(gated, upped), down, sizes), 0)
+    inner = gated_product(activation, gated, upped)
+    out = jnp.where(has_expert, products.grouped(inner, down, sizes), 0)
     return out[: len(rows)], (rows, gated, upped, gate, up, down, sizes)
 
 
-def _backward(products, residuals, d_out):
+def _backward(products, activation, residuals, d_out):
     rows, gated, upped, gate, up, down, sizes = residuals
     has_expert, x = _in_blocks(products, rows, sizes)
     _, d_out = _in_blocks(products, d_out, sizes)
-    act, swiglu_vjp = jax.vjp(_swiglu, gated, upped)
+    act, gated_vjp = jax.vjp(partial(gated_product, activation), gated, upped)
     d_act = jnp.where(has_expert, products.grouped(d_out, down, sizes, transposed=True), 0)
-    d_gated, d_upped = swiglu_vjp(d_act)
+    d_gated, d_upped = gated_vjp(d_act)
     d_rows = products.grouped(d_gated, gate, sizes, transposed=True)
     d_rows += products.grouped(d_upped, up, sizes, transposed=True)
     d_weights = (
@@ -75,10 +78,6 @@ def _backward(products, residuals, d_out):
 
 
 mlp_by_products.defvjp(_forward, _backward)
-
-
-def _swiglu(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
 
 
 def _in_blocks(products: Products, rows: Array, sizes: Array) -> tuple[Array, Array]:

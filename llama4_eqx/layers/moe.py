@@ -10,6 +10,7 @@ from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from llama4_eqx.layers.activation import Activation, silu
 from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
@@ -19,11 +20,12 @@ from llama4_eqx.layers.mlp import MLP
 
 
 class Experts(eqx.Module):
-    """A SwiGLU network for each expert; a checkpoint joins gate and up into one tensor."""
+    """A gated network for each expert; a checkpoint joins gate and up into one tensor."""
 
     gate_proj: Float[Array, "experts hidden ff"]
     up_proj: Float[Array, "experts hidden ff"]
     down_proj: Float[Array, "experts ff hidden"]
+    activation: Activation = eqx.field(static=True)
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class Experts(eqx.Module):
         hidden: int,
         ff: int,
         *,
+        activation: Activation = silu,
         init_std: float,
         dtype: DTypeLike,
         key: PRNGKeyArray,
@@ -40,6 +43,7 @@ class Experts(eqx.Module):
         self.gate_proj = init(gate_key, (experts, hidden, ff), dtype)
         self.up_proj = init(up_key, (experts, hidden, ff), dtype)
         self.down_proj = init(down_key, (experts, ff, hidden), dtype)
+        self.activation = activation
 
     def __call__(
         self,
@@ -62,18 +66,20 @@ class Experts(eqx.Module):
             self.down_proj,
             execution.mesh_axes,
             execution.backends.experts,
+            self.activation,
         )
         return out.reshape(x.shape)
 
 
 class MoE(FeedForward):
-    """`shared(x) + Σ_k expert_k(sigmoid(logit_k) · x)` over the `top_k` largest router logits.
+    """`shared(x) + Σ_k expert_k(score(logits)_k · x)` over the `top_k` largest router logits.
 
     The router's weight scales the expert's *input*, which differs from scaling its output; weights
     are not renormalised; every token reaches all its experts, none is dropped.
 
-    `expert_bias`, which Llama 4 doesn't have, is added to the router's weights for the choice of
-    experts alone; see `llama4_eqx.training.expert_bias`.
+    `score` is the sigmoid; another function of all experts' logits, such as `jax.nn.softmax`, may
+    take its place. `expert_bias`, which Llama 4 doesn't have, is added to the scores for the choice
+    of experts alone; see `llama4_eqx.training.expert_bias`.
     """
 
     router: Float[Array, "experts hidden"]
@@ -81,6 +87,7 @@ class MoE(FeedForward):
     shared_expert: MLP
     expert_bias: Float[Array, "experts"] | None
     top_k: int = eqx.field(static=True)
+    score: Activation = eqx.field(static=True)
     sites: ClassVar[dict[str, str]] = {
         "router_logits": "*batch seq experts",
         "expert_ids": "*batch seq top_k",
@@ -105,6 +112,7 @@ class MoE(FeedForward):
         self.shared_expert = MLP(hidden, ff, init_std=init_std, dtype=dtype, key=shared_key)
         self.expert_bias = None
         self.top_k = top_k
+        self.score = jax.nn.sigmoid
 
     def __call__(
         self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
@@ -114,13 +122,9 @@ class MoE(FeedForward):
         router = mesh_axes.all_gather(router, mesh_axes.experts, axis=0)
         bias = None if bias is None else mesh_axes.all_gather(bias, mesh_axes.experts, axis=0)
         router_logits = sites("router_logits", linear(x, router))
-        top_logits, expert_ids = top_k_experts(router_logits, self.top_k, bias)
-        if sites.probe.edits("expert_ids"):
-            expert_ids = sites("expert_ids", expert_ids)
-            top_logits = jnp.take_along_axis(router_logits, expert_ids, axis=-1)
-        else:
-            expert_ids = sites("expert_ids", expert_ids)
-        router_weights = jax.nn.sigmoid(top_logits.astype(jnp.float32)).astype(x.dtype)
+        scores = self.score(router_logits.astype(jnp.float32))
+        expert_ids = sites("expert_ids", top_k_experts(router_logits, self.top_k, bias, self.score))
+        router_weights = jnp.take_along_axis(scores, expert_ids, axis=-1).astype(x.dtype)
         router_weights = sites("router_weights", router_weights)
         # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce
         # them together.
@@ -138,11 +142,10 @@ def top_k_experts(
     router_logits: Float[Array, "*batch experts"],
     top_k: int,
     expert_bias: Float[Array, "#*batch experts"] | None,
-) -> tuple[Float[Array, "*batch top_k"], Int[Array, "*batch top_k"]]:
-    """The router logits of each token's experts, and the experts' ids."""
-    if expert_bias is None:
-        top_logits, expert_ids = jax.lax.top_k(router_logits, top_k)
-        return top_logits, expert_ids
-    biased = jax.nn.sigmoid(router_logits.astype(jnp.float32)) + expert_bias
-    _, expert_ids = jax.lax.top_k(biased, top_k)
-    return jnp.take_along_axis(router_logits, expert_ids, axis=-1), expert_ids
+    score: Activation = jax.nn.sigmoid,
+) -> Int[Array, "*batch top_k"]:
+    """Each token's experts: those of the largest logits, or of the largest biased scores."""
+    ranked = router_logits
+    if expert_bias is not None:
+        ranked = score(router_logits.astype(jnp.float32)) + expert_bias
+    return jax.lax.top_k(ranked, top_k)[1]

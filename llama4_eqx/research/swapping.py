@@ -1,5 +1,6 @@
 """Taking a model's layers apart: one layer, or another module in place of a part of some."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -73,9 +74,10 @@ def replaced(
         replaced(model, "self_attn", lambda old: LinearAttention(…), layers=[20])
 
     `part` is a field of a `DecoderLayer`, such as `"self_attn"`, `"feed_forward"` or a norm, or a
-    path below it (`"feed_forward.shared_expert"`); None stands for the layer itself. If the layers
-    were stacked, alike ones are stacked again, so that an odd one costs the compile time of a few
-    layers, not of all.
+    path below it (`"feed_forward.shared_expert"`), settings too (`"feed_forward.score"`, or
+    `"feed_forward.experts.activation"` with `lambda old: jax.nn.gelu`); None stands for the layer
+    itself. If the layers were stacked, alike ones are stacked again, so that an odd one costs the
+    compile time of a few layers, not of all.
 
     `save_checkpoint` stores the parameters of classes of your own under their own paths, and
     `load_checkpoint(folder, make=lambda model: replaced(model, …))` reads them.
@@ -110,4 +112,17 @@ def _with_part(
         raise ValueError(
             f"Layer {number} has no part {part!r}: a DecoderLayer has {', '.join(vars(old))}."
         ) from error
+    *path, name = part.split(".")
+    owner = part_at(".".join(path))(old) if path else old
+    static = {field.name: bool(field.metadata.get("static")) for field in dataclasses.fields(owner)}
+    if static[name]:
+        return eqx.tree_at(part_at(".".join(path)), old, _with_setting(owner, name, new))
     return eqx.tree_at(find, old, new, is_leaf=lambda node: node is None)
+
+
+def _with_setting(module: Any, name: str, value: Any) -> Any:
+    """The module with another value of a static field, which isn't part of the tree."""
+    new = object.__new__(type(module))
+    for field, own in vars(module).items():
+        object.__setattr__(new, field, value if field == name else own)
+    return new

@@ -214,7 +214,7 @@ def router_report(
     bias = expert_bias
     if bias is not None:
         bias = bias.reshape(layers, *[1] * len(batch), experts)
-    _, expert_ids = top_k_experts(logits, top_k, bias)
+    expert_ids = top_k_experts(logits, top_k, bias)
     hits = jax.nn.one_hot(expert_ids, experts, dtype=jnp.float32).sum(-2)
     per_token = jnp.einsum("l...e,...->le", hits, weights)
     probability = jnp.einsum("l...e,...->le", jax.nn.softmax(logits, axis=-1), weights)

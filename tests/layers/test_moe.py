@@ -57,11 +57,47 @@ def test_output_and_logits_are_transformers(name):
 
 def test_a_bias_changes_the_choice_and_not_the_weights():
     logits = jnp.array([[2.0, 1.0, -1.0, 0.0]])
-    top, ids = top_k_experts(logits, 2, None)
+    ids = top_k_experts(logits, 2, None)
     np.testing.assert_array_equal(ids, [[0, 1]])
-    top, ids = top_k_experts(logits, 2, jnp.array([0.0, -5.0, 5.0, 0.0]))
+    ids = top_k_experts(logits, 2, jnp.array([0.0, -5.0, 5.0, 0.0]))
     np.testing.assert_array_equal(ids, [[2, 0]])
-    np.testing.assert_array_equal(top, [[-1.0, 2.0]])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_another_activation_and_score(biased):
+    """GELU, and softmax over all experts, against a loop over the tokens; and their gradients."""
+    moe = MoE(4, 16, 24, top_k=2, init_std=0.4, dtype=jnp.float32, key=jax.random.key(0))
+    for module in (moe.experts, moe.shared_expert):
+        object.__setattr__(module, "activation", jax.nn.gelu)
+    object.__setattr__(moe, "score", jax.nn.softmax)
+    bias = jnp.array([0.0, 0.9, 0.0, -0.9]) if biased else None
+    moe = eqx.tree_at(lambda m: m.expert_bias, moe, bias, is_leaf=lambda node: node is None)
+    x = jax.random.normal(jax.random.key(1), (7, 16))
+
+    def by_hand(moe, x):
+        rows = []
+        for row in x:
+            scores = jax.nn.softmax(moe.router @ row)
+            ranked = scores if bias is None else scores + bias
+            shared = moe.shared_expert
+            inner = jax.nn.gelu(shared.gate_proj @ row) * (shared.up_proj @ row)
+            out = shared.down_proj @ inner
+            for expert in jax.lax.top_k(ranked, 2)[1]:
+                scaled, all = row * scores[expert], moe.experts
+                inner = jax.nn.gelu(scaled @ all.gate_proj[expert])
+                out += (inner * (scaled @ all.up_proj[expert])) @ all.down_proj[expert]
+            rows.append(out)
+        return jnp.stack(rows)
+
+    def ours(moe, x):
+        return moe(x)[0]
+
+    assert relative_error(ours(moe, x), by_hand(moe, x)) < 1e-5
+    gradients = [
+        eqx.filter_grad(lambda both, f=f: jnp.sum(f(*both) ** 2))((moe, x)) for f in (ours, by_hand)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 def test_a_dense_network_has_no_router():

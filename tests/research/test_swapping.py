@@ -280,3 +280,17 @@ def test_layers_by_number(model):
         with pytest.raises(ValueError, match="no layer"):
             wrong()
     assert in_layers(model.unstacked(), [3], "*") == ("decoder.blocks.0.layers.3.*",)
+
+
+def test_another_activation_in_one_layer(model, tmp_path):
+    """A setting, which isn't part of the tree, is replaced like a module; such a model isn't saved,
+    as its config can't say so."""
+    tokens = random_tokens(2, 20)
+    swapped = replaced(model, "feed_forward.experts.activation", lambda old: jax.nn.gelu, [6])
+    assert layer(swapped, 6).feed_forward.experts.activation is jax.nn.gelu
+    assert layer(swapped, 5).feed_forward.experts.activation is jax.nn.silu
+    assert relative_error(forward(swapped, tokens), forward(model, tokens)) > 1e-4
+    back = replaced(swapped, "feed_forward.experts.activation", lambda old: jax.nn.silu, [6])
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    with pytest.raises(ValueError, match=r"layer 6's feed_forward\.experts\.activation is"):
+        l4.save_checkpoint(swapped, tmp_path / "model")
