@@ -636,3 +636,22 @@ def test_any_generation_config_is_read_or_refused(tmp_path, raw):
     except l4.CheckpointError as error:
         told = str(error)
     assert len(told) < 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler"),
+    [
+        ({}, l4.Greedy()),
+        ({"do_sample": False, "temperature": 0.6}, l4.Greedy()),
+        ({"do_sample": True, "temperature": 0.0}, l4.Greedy()),
+        ({"do_sample": True}, l4.Sample(1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, l4.Sample(0.6, top_p=0.9)),
+        ({"do_sample": True, "top_k": 0}, l4.Sample(1.0)),
+        ({"do_sample": True, "top_k": 7}, l4.Sample(1.0, top_k=7)),
+    ],
+)
+def test_the_sampler_that_a_folder_asks_for(tmp_path, settings, sampler):
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    config = load_generation_config(tmp_path)
+    assert config is not None
+    assert eqx.tree_equal(config.sampler(), sampler)
