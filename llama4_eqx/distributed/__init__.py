@@ -1,8 +1,8 @@
 """The model on many devices: sharding rules, placing trees on a mesh, several processes, and the
 collectives of compiled programs."""
 
-from llama4_eqx.distributed.hlo import Collective as Collective
-from llama4_eqx.distributed.hlo import collectives as collectives
+from llama4_eqx.distributed.collectives import Collective as Collective
+from llama4_eqx.distributed.collectives import collectives as collectives
 from llama4_eqx.distributed.mesh_parallel import MeshParallel as MeshParallel
 from llama4_eqx.distributed.processes import connect as connect
 from llama4_eqx.distributed.rules import CONTEXT as CONTEXT

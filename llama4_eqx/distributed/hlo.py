@@ -1,143 +1,160 @@
-"""Reading collectives off compiled HLO."""
+"""Reading compiled HLO: what a run of a program executes, how often, and on which arrays.
+
+Understands the text of programs compiled for CPUs and for TPUs.
+"""
 
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from jax.stages import Compiled
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([a-z-]+)\((.*)")
-_CALLED = re.compile(r"(?:body|calls|to_apply|(?:true|false|branch)_computations?)=(\{.*?\}|\S+)")
+_HEADER = re.compile(r"(ENTRY )?%(\S+) \(")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*)")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_CALLED = re.compile(
+    r"(?:body|calls|to_apply|branch_computations|(?:true|false)_computation)=(\{.*?\}|%[^\s,]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
-_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-_DTYPES = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One collective instruction, over groups of `devices` along some mesh `axes`.
+class HloArray:
+    """An array of the program. `dtype` is in HLO's spelling; `on_chip` is True where a TPU keeps it
+    in a memory of the core, not in HBM."""
 
-    `shape` and `dtype` are those of a device's result; `times` is how often a run of the program
-    executes it, None where that is known only at run time.
-    """
-
-    kind: str
     dtype: str
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    devices: int
-    times: int | None
+    on_chip: bool
+    size: int
+    """Bytes that it takes, with the padding of its tiles."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its results (several for a tuple), and the names of its operands."""
+
+    name: str
+    opcode: str
+    results: tuple[HloArray, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
 
     @property
-    def size(self) -> int:
-        """Bytes of a device's result."""
-        itemsize = 1 if self.dtype == "bool" else jnp.dtype(self.dtype).itemsize
-        return math.prod(self.shape) * itemsize
-
-    @property
-    def sent(self) -> float:
-        """Bytes that a device sends each time, with ring algorithms."""
-        others = self.devices - 1
-        parts = {
-            "all-gather": others / self.devices,
-            "all-reduce": 2 * others / self.devices,
-            "reduce-scatter": others,
-            "all-to-all": others / self.devices,
-            "collective-permute": 1,
-        }
-        return float(self.size * parts[self.kind])
+    def called(self) -> list[str]:
+        """The names of the computations that it calls: a fusion's, a loop's body, branches."""
+        groups = _CALLED.findall(self.attributes)
+        return [name for group in groups for name in re.findall(r"%([^\s,{}]+)", group)]
 
 
-def collectives(program: Compiled | str, mesh: Mesh) -> list[Collective]:
-    """The collectives of a program compiled for the mesh, or of its text, in the text's order.
+Computation = dict[str, Instruction]
 
-    An instruction in a loop is one entry; one in a function that is called twice is two.
 
-    Reads the text of programs compiled for CPUs; raises a `ValueError` for what it doesn't
-    understand.
+@dataclass(frozen=True)
+class Program:
+    """The computations of a program, by name, and the name of the one that a run begins with."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def executed(self) -> Iterator[tuple[Instruction, Computation, int | None]]:
+        """Each instruction with its computation, and how often a run of the program executes it:
+        None where that is known only at run time. An instruction in a function that is called twice
+        comes twice; what is inside a fusion doesn't come."""
+        yield from self._executed(self.entry, 1)
+
+    def _executed(
+        self, name: str, times: int | None
+    ) -> Iterator[tuple[Instruction, Computation, int | None]]:
+        computation = self.computations[name]
+        for instruction in computation.values():
+            yield instruction, computation, times
+            if instruction.opcode == "fusion":
+                continue
+            inner = times
+            if instruction.opcode == "while":
+                trips = self._trips(instruction)
+                inner = None if trips is None or times is None else times * trips
+            elif instruction.opcode == "conditional":
+                inner = None
+            for called in instruction.called:
+                yield from self._executed(called, inner)
+
+    def _trips(self, loop: Instruction) -> int | None:
+        """How often a loop runs: said by the text, or the constant that its counter, which JAX
+        starts at 0, is compared with."""
+        if known := _TRIPS.search(loop.attributes):
+            return int(known[1])
+        name = re.search(r"condition=%([^\s,]+)", loop.attributes)
+        condition = self.computations[name[1]] if name else {}
+        root = next((one for one in condition.values() if one.is_root), None)
+        if root is None or root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        limit = condition.get(root.operands[1])
+        value = re.match(r"constant\((\d+)\)", limit.attributes) if limit else None
+        return int(value[1]) if value else None
+
+
+def read_hlo(program: Compiled | str) -> Program:
+    """A compiled program, or its text.
+
+    Raises a `ValueError` for a text that isn't compiled HLO.
     """
     text = program if isinstance(program, str) else program.as_text() or ""
-    computations, entry = _computations(text)
-
-    def walk(name: str, times: int | None) -> Iterator[Collective]:
-        for result, opcode, rest in computations[name]:
-            if opcode in _KINDS:
-                yield replace(_collective(result, opcode, rest, mesh), times=times)
-            elif opcode.removesuffix("-start") in _KINDS:
-                raise ValueError(f"{opcode} isn't understood: compile the program for CPUs.")
-            inner = times
-            if opcode == "while":
-                trips = _TRIPS.search(rest)
-                inner = times * int(trips[1]) if trips and times is not None else None
-            elif opcode == "conditional":
-                inner = None
-            for called in _CALLED.findall(rest):
-                for computation in re.findall(r"%([^\s,{}]+)", called):
-                    yield from walk(computation, inner)
-
-    return list(walk(entry, 1))
-
-
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Each computation's instructions, as result, opcode and the rest; and the entry's name."""
-    found, entry, here = {}, "", []
+    computations: dict[str, Computation] = {}
+    entry, here = "", {}
     for line in text.splitlines():
-        if line.endswith("{") and (header := re.match(r"(ENTRY )?%(\S+) \(", line)):
-            here = found[header[2]] = []
+        if line.endswith("{") and (header := _HEADER.match(line)):
+            here = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            here.append(instruction.groups())
+        elif found := _INSTRUCTION.match(line):
+            here[found[2]] = _instruction(found[2], found[3], is_root=bool(found[1]))
     if not entry:
         raise ValueError("The program's text has no entry: it isn't compiled HLO.")
-    return found, entry
+    return Program(computations, entry)
 
 
-def _collective(result: str, opcode: str, rest: str, mesh: Mesh) -> Collective:
-    arrays = _ARRAY.findall(result)
-    kind, bits, dims = arrays[0]
+def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    results, rest = text[:end], text[end:].lstrip()
+    opcode, _, arguments = rest.partition("(")
+    close = _closing("(" + arguments, 0) - 1
+    operands = tuple(re.findall(r"%([^\s,()]+)", arguments[:close]))
+    # A constant's value stands where others have operands.
+    attributes = rest if opcode in ("constant", "parameter") else arguments[close + 1 :]
+    return Instruction(name, opcode, _arrays(results), operands, attributes, is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` is closed."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"The brackets of {text[:200]!r} aren't closed.")
+
+
+def _arrays(text: str) -> tuple[HloArray, ...]:
+    return tuple(_array(*found) for found in _ARRAY.findall(text))
+
+
+def _array(dtype: str, dims: str, layout: str) -> HloArray:
     shape = tuple(int(size) for size in dims.split(",") if size)
-    if len(arrays) > 1:  # of an all-to-all one for each device, of an all-reduce perhaps several
-        shape = (sum(_elements(one) for one in arrays),)
-    dtype = "bool" if kind == "pred" else _DTYPES[kind] + bits
-    group = _first_group(rest)
-    members = np.array(np.unravel_index(group, mesh.devices.shape))
-    axes = tuple(
-        name for name, along in zip(mesh.axis_names, members, strict=True) if len(set(along)) > 1
-    )
-    return Collective(opcode, dtype, shape, axes, len(group), None)
+    order, _, tiling = layout.partition(":")
+    padded = [shape[int(axis)] for axis in reversed(order.split(",")) if axis]  # minor axis last
+    if tiles := re.match(r"T\(([\d,]+)\)", tiling):
+        tile = [int(size) for size in tiles[1].split(",")]
+        for i, size in enumerate(reversed(tile[: len(padded)]), 1):
+            padded[-i] = -(-padded[-i] // size) * size
+    count = math.prod(padded if len(padded) == len(shape) else shape)
+    return HloArray(dtype, shape, "S(" in tiling, math.ceil(count * _bits(dtype) / 8))
 
 
-def _elements(array: tuple[str, str, str]) -> int:
-    return math.prod(int(size) for size in array[2].split(",") if size)
-
-
-def _first_group(rest: str) -> list[int]:
-    """The group of devices that has the first one; HLO has four ways to write groups."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return [int(pairs[1]), int(pairs[2])]
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return [int(device) for device in listed[1].split(",")]
-    if iota := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", rest):
-        return _iota(iota[2], iota[3])[: int(iota[1])].tolist()
-    if named := re.search(
-        rf"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\({_IOTA}\))? \{{('[\w', ]+')\}}", rest
-    ):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        count = str(math.prod(sizes.values()))
-        ids = _iota(named[2] or count, named[3]).reshape(tuple(sizes.values()))
-        along = re.findall(r"'(\w+)'", named[4])
-        return ids[tuple(slice(None) if name in along else 0 for name in sizes)].ravel().tolist()
-    raise ValueError(f"The groups of devices in {rest[:200]!r} aren't understood.")
-
-
-def _iota(shape: str, order: str | None) -> np.ndarray:
-    """The device numbers of `[16,2]T(1,0)`: an iota of that shape with its axes permuted."""
-    sizes = [int(size) for size in shape.split(",")]
-    axes = [int(axis) for axis in order.split(",")] if order else None
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
+def _bits(dtype: str) -> int:
+    if dtype == "pred":
+        return 8
+    bits = re.match(r"[a-z]+(\d+)", dtype)
+    return int(bits[1]) if bits else 0  # tokens have no size

@@ -27,12 +27,12 @@ from llama4_eqx.layers.collectives import (
 )
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.cudnn import fits_cudnn
-from llama4_eqx.layers.hopper import gpus
 from llama4_eqx.layers.interfaces import SequenceMixer
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
 from llama4_eqx.layers.pattern import attention_by_pattern
+from llama4_eqx.layers.platforms import may_run_on
 
 
 class TemperatureTuning(eqx.Module):
@@ -223,7 +223,7 @@ def _may_be_plain_rows(
     q: Array, k: Array, tokens: TokenPositions, backend: AttentionBackend | None
 ) -> bool:
     """Whether it pays to ask `_are_plain_rows` when the program runs."""
-    if backend is not None or not gpus() or varying_axes(q) or tokens.contiguous:
+    if backend is not None or not may_run_on("cuda") or varying_axes(q) or tokens.contiguous:
         return False
     return tokens.one_document and q.shape[-2] > 1 and fits_cudnn(q, k)
 

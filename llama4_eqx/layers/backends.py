@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-ExpertsBackend = Literal["dense", "ragged", "blocked", "hopper", "rows"]
+ExpertsBackend = Literal["dense", "ragged", "blocked", "hopper", "megablox", "rows"]
 AttentionBackend = Literal["dense", "blockwise", "cudnn"]
 
 

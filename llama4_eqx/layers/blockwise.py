@@ -19,8 +19,8 @@ from llama4_eqx.layers.backends import AttentionBackend, check_backend
 from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
 from llama4_eqx.layers.cudnn import cudnn_attention, fits_cudnn
 from llama4_eqx.layers.dropout import dropout
-from llama4_eqx.layers.hopper import gpus
 from llama4_eqx.layers.mask import TokenPositions, attention_mask
+from llama4_eqx.layers.platforms import by_platform, may_run_on
 from llama4_eqx.layers.remat import save_residual
 
 # The fastest on CPUs, for causal and for chunk-local layers: larger blocks fall out of the cache
@@ -78,11 +78,11 @@ def attention(
             )
         return by_cudnn(q, k, v, queries, keys)
     blockwise = partial(blockwise_attention, **settings, **dropped)
-    if backend == "blockwise" or not gpus():
+    if backend == "blockwise" or not may_run_on("cuda"):
         return blockwise(q, k, v, queries, keys)
     large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
     # Only on a machine with a GPU, since tracing two forms and their gradients takes its time.
-    return lax.platform_dependent(
+    return by_platform(
         q, k, v, queries, keys, cuda=by_cudnn if for_cudnn else large, default=blockwise
     )
 

@@ -1,7 +1,8 @@
 """Routing tokens to their experts and back, on one device or among many."""
 
+from collections.abc import Callable
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ from llama4_eqx.layers.activation import Activation, silu
 from llama4_eqx.layers.backends import ExpertsBackend
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_over
 from llama4_eqx.layers.grouped import grouped_mlp
-from llama4_eqx.layers.quantized import Quantized
+from llama4_eqx.layers.quantized import Quantized, is_quantized
 from llama4_eqx.layers.remat import save_residual
 
 CAPACITY_FACTOR = 1.5
@@ -111,8 +112,7 @@ def _through_all_to_all(
     )
     route, rows = match_vma(route, rows)
     rounds = lax.pmax(jnp.max(-(-counts // capacity)), axis_names)
-    first = _round(jnp.int32(0), rows, weights, route)
-    return first + _later_rounds(rounds, rows, weights, route)
+    return _rounds(rounds, rows, weights, route)
 
 
 class _Route(eqx.Module):
@@ -161,29 +161,49 @@ def _dispatch(x: Array, route: _Route) -> Array:
 _combine = _dispatch
 
 
-# The number of rounds is known only at run time, and such a loop has no reverse derivative.
+# How many rounds there are is known only at run time, and such a loop has no reverse derivative.
+# Both loops go on from the first round's results, so that they cost nothing where that is enough.
 @jax.custom_vjp
-def _later_rounds(rounds, rows, weights, route):
+def _rounds(
+    rounds: Int[Array, ""], rows: Float[Array, "tokens hidden"], weights: _Weights, route: _Route
+) -> Float[Array, "tokens hidden"]:
+    first = _round(jnp.int32(0), rows, weights, route)
+    return _with_later_rounds(first, rounds, rows, weights, route)
+
+
+def _with_later_rounds(
+    first: Array, rounds: Array, rows: Array, weights: _Weights, route: _Route
+) -> Array:
     def visit(number, out):
         return out + _round(number, rows, weights, route)
 
-    return lax.fori_loop(1, rounds, visit, jnp.zeros_like(rows))
+    return lax.fori_loop(1, rounds, visit, first)
 
 
-def _later_rounds_forward(rounds, *inputs):
-    return _later_rounds(rounds, *inputs), (rounds, *inputs)
+def _rounds_forward(rounds, rows, weights, route):
+    first, vjp = _round_vjp(jnp.int32(0), rows, weights, route)
+    out = _with_later_rounds(first, rounds, rows, weights, route)
+    return out, (vjp, rounds, rows, weights, route)
 
 
-def _later_rounds_backward(residuals, d_out):
-    rounds, rows, weights, route = residuals
+def _rounds_backward(residuals, d_out):
+    first_vjp, rounds, rows, weights, route = residuals
 
     def visit(number, gradients):
-        _, vjp = jax.vjp(lambda rows, weights: _round(number, rows, weights, route), rows, weights)
+        _, vjp = _round_vjp(number, rows, weights, route)
         return jax.tree.map(jnp.add, gradients, vjp(d_out))
 
-    zeros = jax.tree.map(jnp.zeros_like, (rows, weights))
-    gradients = lax.fori_loop(1, rounds, visit, zeros)
-    return None, *gradients, None
+    d_rows, *d_weights = lax.fori_loop(1, rounds, visit, first_vjp(d_out))
+    return None, d_rows, *(d_weights or (None,)), None
 
 
-_later_rounds.defvjp(_later_rounds_forward, _later_rounds_backward)
+def _round_vjp(
+    number: Array, rows: Array, weights: _Weights, route: _Route
+) -> tuple[Array, Callable[[Array], tuple[Any, ...]]]:
+    """A round, and its derivative by the rows and by the weights, unless these are of few bits."""
+    if any(map(is_quantized, weights)):
+        return jax.vjp(lambda rows: _round(number, rows, weights, route), rows)
+    return jax.vjp(lambda rows, weights: _round(number, rows, weights, route), rows, weights)
+
+
+_rounds.defvjp(_rounds_forward, _rounds_backward)

@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.activation import Activation, gated_product, silu
 from llama4_eqx.layers.backends import ExpertsBackend, check_backend
-from llama4_eqx.layers.grouped_products import HOPPER, RAGGED, mlp_by_products
+from llama4_eqx.layers.grouped_products import HOPPER, MEGABLOX, RAGGED, mlp_by_products
 from llama4_eqx.layers.hopper import fits_hopper, has_hopper
+from llama4_eqx.layers.megablox import fits_megablox
+from llama4_eqx.layers.platforms import by_platform, may_run_on
 from llama4_eqx.layers.quantized import (
     LEAST_ROWS,
     Quantized,
@@ -44,13 +46,14 @@ def grouped_mlp(
     zero gradients.
 
     `backend` is `"dense"`, which runs every expert on every row and is the oracle of the others;
-    `"ragged"`, `lax.ragged_dot`, ideal on TPUs, but as costly as dense on CPUs and GPUs;
+    `"ragged"`, `lax.ragged_dot`, as costly as dense on CPUs and GPUs, and on TPUs for the gradients
+    of weights; `"megablox"`, for TPUs, which has a kernel for these;
     `"blocked"`, a loop for CPUs, for one row as for thousands, which has no forward-mode derivative
     and under `shard_map` needs arguments that vary over the same mesh axes (`lax.pcast`);
     `"hopper"`, kernels for H100 and H200, for 16-bit numbers and sizes that are multiples of 128;
     or `"rows"`, one row after another. None chooses by the platform that the program is lowered
     for: blocked on CPUs; on GPUs rows for a few of them, else hopper where it fits and this machine
-    has such a GPU; and ragged everywhere else.
+    has such a GPU; megablox if this machine or the mesh has TPUs; and ragged everywhere else.
 
     Quantised weights go through a loop of their own on CPUs, through a ragged product of the
     converted numbers on TPUs, and are dequantised for many rows on GPUs or with a `backend`.
@@ -66,6 +69,11 @@ def grouped_mlp(
             'backend="hopper" takes 16-bit numbers and sizes that are multiples of 128, but got '
             f"{rows.dtype} and weights of {gate.shape}: pass None."
         )
+    if backend == "megablox" and not fits_megablox(rows, gate):
+        raise ValueError(
+            f'backend="megablox" takes bfloat16 or float32, the same for all, but got {rows.dtype} '
+            f"and weights of {gate.dtype}: pass None."
+        )
     if backend is not None:
         return _BACKENDS[backend](activation, *operands)
     if 4 * len(rows) <= len(gate):  # measured on an H100: reads less than all experts do
@@ -75,7 +83,9 @@ def grouped_mlp(
     else:
         on_gpu = _ragged
     forms = {"cpu": _blocked, "cuda": on_gpu, "default": _ragged}
-    return lax.platform_dependent(
+    if may_run_on("tpu") and fits_megablox(rows, gate):
+        forms["tpu"] = _megablox
+    return by_platform(
         *operands, **{name: partial(form, activation) for name, form in forms.items()}
     )
 
@@ -240,7 +250,7 @@ def _of_quantized(
     few = 4 * len(rows) <= len(sizes)
     on_gpu = _row_by_row if few else _with_plain_weights
     forms = {"cpu": _quantized_blocked, "cuda": on_gpu, "default": _quantized_ragged}
-    return lax.platform_dependent(
+    return by_platform(
         rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}
     )
 
@@ -309,10 +319,12 @@ def _quantized_blocked(
 
 _ragged = partial(mlp_by_products, RAGGED)
 _hopper = partial(mlp_by_products, HOPPER)
+_megablox = partial(mlp_by_products, MEGABLOX)
 _BACKENDS = {
     "dense": _dense,
     "ragged": _ragged,
     "blocked": _blocked,
     "hopper": _hopper,
+    "megablox": _megablox,
     "rows": _row_by_row,
 }

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU by grouped matrix products: `lax.ragged_dot`, or kernels for Hopper GPUs."""
+"""The experts' SwiGLU by grouped products: `lax.ragged_dot`, or kernels for TPUs and GPUs."""
 
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from llama4_eqx.layers import hopper
+from llama4_eqx.layers import hopper, megablox
 from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.remat import save_residual
 
@@ -113,4 +113,5 @@ def _ragged_dot(
 
 
 RAGGED = Products(_ragged_grouped, _ragged_outer, 1)
+MEGABLOX = Products(_ragged_grouped, megablox.outer_product, 1)
 HOPPER = Products(hopper.grouped_product, hopper.outer_product, hopper.BLOCK)

@@ -1,14 +1,13 @@
 """JAX's own grouped matrix products for Hopper GPUs, H100 and H200."""
 
-from functools import cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.collectives import pvary, varying_axes
+from llama4_eqx.layers.platforms import local_devices
 
 # Tiles of the kernels: the fastest of four tried on an H100, at 8,192 rows of Scout's sizes.
 BLOCK = 128
@@ -20,18 +19,9 @@ _TILES: dict[str, Any] = {
 }
 
 
-@cache
-def gpus() -> tuple[Any, ...]:
-    """This machine's NVIDIA GPUs."""
-    try:
-        return tuple(jax.devices("cuda"))
-    except RuntimeError:  # there is none
-        return ()
-
-
 def has_hopper() -> bool:
     """Whether this machine has a GPU that the kernels run on."""
-    return any(gpu.compute_capability == "9.0" for gpu in gpus())
+    return any(gpu.compute_capability == "9.0" for gpu in local_devices("cuda"))
 
 
 def fits_hopper(rows: Array, gate: Array) -> bool:

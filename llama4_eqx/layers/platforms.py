@@ -1,0 +1,37 @@
+"""Which platform a program is for."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+from jax import lax
+
+
+@cache
+def local_devices(platform: str) -> tuple[Any, ...]:
+    """This machine's devices of the platform: `"cpu"`, `"cuda"` or `"tpu"`."""
+    try:
+        return tuple(jax.devices(platform))
+    except RuntimeError:  # there is none
+        return ()
+
+
+def may_run_on(platform: str) -> bool:
+    """Whether it pays to trace a form for the platform: this machine has such a device, or the mesh
+    that the program is for, perhaps to be compiled for ahead of time."""
+    return bool(local_devices(platform)) or _mesh_platform() == platform
+
+
+def by_platform(*operands: Any, **forms: Callable[..., Any]) -> Any:
+    """`lax.platform_dependent`, but inside `jax.shard_map` on a mesh of TPUs no form of another
+    platform is traced."""
+    if _mesh_platform() == "tpu":
+        return forms.get("tpu", forms["default"])(*operands)
+    return lax.platform_dependent(*operands, **forms)
+
+
+def _mesh_platform() -> str | None:
+    """That of the mesh's devices, inside `jax.shard_map`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
