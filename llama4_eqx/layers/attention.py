@@ -33,6 +33,7 @@ from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
 from llama4_eqx.layers.pattern import attention_by_pattern
 from llama4_eqx.layers.platforms import may_run_on
+from llama4_eqx.layers.splash import fits_splash
 
 
 class TemperatureTuning(eqx.Module):
@@ -161,16 +162,17 @@ class Attention(SequenceMixer):
         else:
             backend = context.execution.backends.attention
             run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
+            own_keys = attended is new
             dropped = key is not None and self.dropout > 0
             if not dropped and _may_be_plain_rows(q, k, context.tokens, backend):
                 tokens = replace(context.tokens, contiguous=True)
                 out = lax.cond(
                     _are_plain_rows(context),
-                    lambda: run(q, k, v, tokens, tokens),
-                    lambda: run(*operands),
+                    lambda: run(q, k, v, tokens, tokens, own_keys=True),
+                    lambda: run(*operands, own_keys=own_keys),
                 )
             else:
-                out = run(*operands, axis_names=axis_names)
+                out = run(*operands, axis_names=axis_names, own_keys=own_keys)
         out = sites("head_out", jnp.swapaxes(out, -2, -3))
         out = unproject(out, self.o_proj, None)
         out = psum_over(out, mesh_axes.heads)
@@ -223,14 +225,15 @@ def _may_be_plain_rows(
     q: Array, k: Array, tokens: TokenPositions, backend: AttentionBackend | None
 ) -> bool:
     """Whether it pays to ask `_are_plain_rows` when the program runs."""
-    if backend is not None or not may_run_on("cuda") or varying_axes(q) or tokens.contiguous:
+    if backend is not None or tokens.contiguous or not tokens.one_document or q.shape[-2] == 1:
         return False
-    return tokens.one_document and q.shape[-2] > 1 and fits_cudnn(q, k)
+    on_gpu = may_run_on("cuda") and fits_cudnn(q, k) and not varying_axes(q)
+    return on_gpu or (may_run_on("tpu") and fits_splash(q, k))
 
 
 def _are_plain_rows(context: Context) -> Bool[Array, ""]:
     """Whether each row is one document from position 0 on, with padding at its end if anywhere: the
-    causal mask alone then keeps real tokens from seeing padding, and cuDNN has a kernel for it."""
+    causal mask alone then keeps real tokens from seeing padding, and there are kernels for it."""
     segments = context.tokens.segments
     plain = jnp.all(segments[..., 1:] <= segments[..., :-1])
     return plain if context.span is None else plain & jnp.all(context.span.old_end == 0)

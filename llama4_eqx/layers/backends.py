@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ExpertsBackend = Literal["dense", "ragged", "blocked", "hopper", "megablox", "rows"]
-AttentionBackend = Literal["dense", "blockwise", "cudnn"]
+AttentionBackend = Literal["dense", "blockwise", "cudnn", "splash"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Backends:
 
     `attention`: `"dense"`, with all scores at once, the oracle of the others and the one that has
     forward-mode derivatives; `"blockwise"`, in memory linear in the length; `"cudnn"`, a kernel for
-    NVIDIA GPUs, for unpadded 16-bit rows. `experts`: see `layers.grouped_mlp`; `"dense"` has
-    forward-mode derivatives.
+    NVIDIA GPUs, for unpadded 16-bit rows; `"splash"`, one for TPUs, for rows without a cache.
+    `experts`: see `layers.grouped_mlp`; `"dense"` has forward-mode derivatives.
 
     Raises a `ValueError` for an unknown name.
     """

@@ -3,7 +3,7 @@
 Whether a query attends to a key is decided by `mask.attention_mask` alone. The blockwise form is an
 online softmax that never holds all scores at once (FlashAttention, https://arxiv.org/abs/2205.14135)
 and skips the blocks of keys that no query of a block attends to; the dense form computes the same
-in one product. Both are for any device; `cudnn` has a kernel for GPUs.
+in one product. Both are for any device; `cudnn` and `splash` have kernels for GPUs and TPUs.
 """
 
 from functools import partial
@@ -22,6 +22,7 @@ from llama4_eqx.layers.dropout import dropout
 from llama4_eqx.layers.mask import TokenPositions, attention_mask
 from llama4_eqx.layers.platforms import by_platform, may_run_on
 from llama4_eqx.layers.remat import save_residual
+from llama4_eqx.layers.splash import fits_splash, splash_attention
 
 # The fastest on CPUs, for causal and for chunk-local layers: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
@@ -45,17 +46,20 @@ def attention(
     dropout_rate: float = 0.0,
     axis_names: AxisNames = (),
     key: PRNGKeyArray | None = None,
+    own_keys: bool = False,
     backend: AttentionBackend | None = None,
 ) -> Float[Array, "batch heads q_seq head_dim"]:
     """Softmax attention of each query over the keys in its mask; zeros where that is empty.
 
     Equal runs of query heads share a key head (grouped-query attention). Scores and softmax are
     in float32. Dropout of attention probabilities needs a `key`. Inside `jax.shard_map` the keys
-    may be sharded along mesh axes `axis_names`, which needs the dense form.
+    may be sharded along mesh axes `axis_names`, which needs the dense form. `own_keys` says that
+    queries and keys are those of the same tokens.
 
     `backend` None chooses by the shapes and by the platform that the program is lowered for: dense
     for small problems; cuDNN on GPUs, if this machine has one, for unpadded 16-bit rows without
-    dropout; else blockwise, with larger blocks on such GPUs.
+    dropout; splash on TPUs, if this machine or the mesh has them, for own keys without dropout;
+    else blockwise, with larger blocks on such GPUs.
     """
     check_backend(backend, get_args(AttentionBackend), "attention")
     settings = {"chunk_size": chunk_size, "scale": scale}
@@ -64,11 +68,16 @@ def attention(
     if axis_names or backend == "dense" or (backend is None and small):
         return dense_attention(q, k, v, queries, keys, axis_names=axis_names, **settings, **dropped)
     q, k, v, queries, keys = match_vma(q, k, v, queries, keys)
+    not_dropped = key is None or not dropout_rate
     unpadded = queries.contiguous and keys.contiguous and q.shape[2] == k.shape[2]
-    for_cudnn = unpadded and fits_cudnn(q, k) and (key is None or not dropout_rate)
+    for_cudnn = unpadded and not_dropped and fits_cudnn(q, k)
+    for_splash = own_keys and not_dropped and fits_splash(q, k)
 
     def by_cudnn(q, k, v, queries, keys):
         return cudnn_attention(q, k, v, **settings)
+
+    def by_splash(q, k, v, queries, keys):
+        return splash_attention(q, k, v, queries, **settings)
 
     if backend == "cudnn":
         if not for_cudnn:
@@ -77,14 +86,22 @@ def attention(
                 "and a head_dim of at most 128 that is a multiple of 8: pass None."
             )
         return by_cudnn(q, k, v, queries, keys)
+    if backend == "splash":
+        if not for_splash:
+            raise ValueError(
+                'backend="splash" takes bfloat16 or float32 rows without a cache, without dropout, '
+                "and a head_dim that is a multiple of 128: pass None."
+            )
+        return by_splash(q, k, v, queries, keys)
     blockwise = partial(blockwise_attention, **settings, **dropped)
-    if backend == "blockwise" or not may_run_on("cuda"):
-        return blockwise(q, k, v, queries, keys)
-    large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
-    # Only on a machine with a GPU, since tracing two forms and their gradients takes its time.
-    return by_platform(
-        q, k, v, queries, keys, cuda=by_cudnn if for_cudnn else large, default=blockwise
-    )
+    forms = {"default": blockwise}
+    if backend is None and may_run_on("cuda"):
+        large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
+        forms["cuda"] = by_cudnn if for_cudnn else large
+    if backend is None and may_run_on("tpu") and for_splash:
+        forms["tpu"] = by_splash
+    # Only where there are such devices, since tracing two forms and their gradients takes its time.
+    return by_platform(q, k, v, queries, keys, **forms)
 
 
 def dense_attention(

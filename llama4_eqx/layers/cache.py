@@ -41,6 +41,8 @@ class KeysValues(eqx.Module):
         self, mesh_axes: MeshAxes, axis_names: AxisNames, *, shared: bool = False
     ) -> "KeysValues":
         """Those of all devices along the mesh axes, in order; see `MeshAxes.all_gather`."""
+        if not axis_names:
+            return self
         k, v = (
             mesh_axes.all_gather(x, axis_names, axis=-2, shared=shared) for x in (self.k, self.v)
         )

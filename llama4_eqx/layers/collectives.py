@@ -5,11 +5,14 @@ axes that shard them. The varying-axes types of `shard_map` (`check_vma=True`) m
 the sums that they need.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
+from jax._src import config
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, PRNGKeyArray
 
 from llama4_eqx.axes import axis_words, leaf_name
@@ -94,6 +97,21 @@ def match_vma(*trees: Any) -> Any:
     """Casts all arrays to vary over the union of their mesh axes, as loop carries must."""
     names = {name for x in jax.tree.leaves(trees) for name in varying_axes(x)}
     return pvary(trees, tuple(sorted(names)))
+
+
+def call_kernel(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, for kernels that don't declare over which mesh axes their results vary, as
+    JAX's own don't: over all that the arguments vary over."""
+    leaves, tree = jax.tree.flatten(args)
+    names = {name for x in leaves for name in varying_axes(x)}
+    if not names:
+        return function(*args)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    with config._check_vma(False):
+        make = jax.make_jaxpr(lambda *x: function(*jax.tree.unflatten(tree, x)), return_shape=True)
+        jaxpr, out_shape = make(*shapes)
+        out = jaxpr_as_fun(jaxpr)(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(out_shape), pvary(out, tuple(sorted(names))))
 
 
 def varying_axes(x: Array) -> frozenset[str]:

@@ -136,13 +136,14 @@ def _round(
 ) -> Float[Array, "tokens hidden"]:
     """The experts' outputs for the rows of one round, and zeros for all others."""
     row, real = _rows_of_round(number, route)
-    sent = jnp.where(real[..., None], rows[row], 0)
+    # What fills a round's capacity has no expert, so it gives zeros.
+    sent = rows[row]
     expert = jnp.where(real, route.local_expert[row], len(weights[0]))
     received, expert = save_residual(_dispatch(sent, route)), _dispatch(expert, route)
     received = received.reshape(-1, rows.shape[-1])
     out = _through_local_experts(received, expert.reshape(-1), weights, route.form)
     returned = _combine(out.reshape(sent.shape), route)
-    return jnp.zeros_like(rows).at[row].add(jnp.where(real[..., None], returned, 0))
+    return jnp.zeros_like(rows).at[row].add(returned)
 
 
 def _rows_of_round(number: Int[Array, ""], route: _Route) -> tuple[Array, Array]:

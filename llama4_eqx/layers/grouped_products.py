@@ -29,11 +29,14 @@ class OuterProduct(Protocol):
 
 
 class Products(NamedTuple):
-    """One implementation of both products, for a number of rows that is a multiple of `block`."""
+    """One implementation of both products, for a number of rows that is a multiple of `block`.
+
+    `skips_others` says that the outer product leaves out rows of no expert, whatever they hold."""
 
     grouped: GroupedProduct
     outer: OuterProduct
-    block: int
+    block: int = 1
+    skips_others: bool = False
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -51,22 +54,22 @@ def mlp_by_products(
 
 
 def _forward(products, activation, rows, gate, up, down, sizes):
-    has_expert, x = _in_blocks(products, rows, sizes)
+    x = _in_blocks(products, rows, sizes)
     gated, upped = (
-        save_residual(jnp.where(has_expert, products.grouped(x, weight, sizes), 0))
+        save_residual(_of_experts(products, products.grouped(x, weight, sizes), sizes))
         for weight in (gate, up)
     )
     inner = gated_product(activation, gated, upped)
-    out = jnp.where(has_expert, products.grouped(inner, down, sizes), 0)
+    out = _zero_others(products.grouped(inner, down, sizes), sizes)
     return out[: len(rows)], (rows, gated, upped, gate, up, down, sizes)
 
 
 def _backward(products, activation, residuals, d_out):
     rows, gated, upped, gate, up, down, sizes = residuals
-    has_expert, x = _in_blocks(products, rows, sizes)
-    _, d_out = _in_blocks(products, d_out, sizes)
+    x, d_out = (_in_blocks(products, each, sizes) for each in (rows, d_out))
     act, gated_vjp = jax.vjp(partial(gated_product, activation), gated, upped)
-    d_act = jnp.where(has_expert, products.grouped(d_out, down, sizes, transposed=True), 0)
+    d_act = products.grouped(d_out, down, sizes, transposed=True)
+    d_act = _of_experts(products, d_act, sizes)
     d_gated, d_upped = gated_vjp(d_act)
     d_rows = products.grouped(d_gated, gate, sizes, transposed=True)
     d_rows += products.grouped(d_upped, up, sizes, transposed=True)
@@ -74,20 +77,26 @@ def _backward(products, activation, residuals, d_out):
         products.outer(left, right, sizes)
         for left, right in ((x, d_gated), (x, d_upped), (act, d_out))
     )
-    return jnp.where(has_expert, d_rows, 0)[: len(rows)], *d_weights, None
+    return _zero_others(d_rows, sizes)[: len(rows)], *d_weights, None
 
 
 mlp_by_products.defvjp(_forward, _backward)
 
 
-def _in_blocks(products: Products, rows: Array, sizes: Array) -> tuple[Array, Array]:
-    """Which rows have an expert, and the rows in whole blocks, with zeros for all others.
-
-    What products leave in rows of no expert depends on the platform.
-    """
+def _in_blocks(products: Products, rows: Array, sizes: Array) -> Array:
+    """The rows in whole blocks, without what others hold."""
     rows = jnp.pad(rows, ((0, -len(rows) % products.block), (0, 0)))
-    has_expert = (jnp.arange(len(rows)) < sizes.sum())[:, None]
-    return has_expert, jnp.where(has_expert, rows, 0)
+    return _of_experts(products, rows, sizes)
+
+
+def _of_experts(products: Products, rows: Array, sizes: Array) -> Array:
+    """The rows with zeros in those of no expert, where an outer product would take them in: what
+    products leave there depends on the platform, and may be NaN."""
+    return rows if products.skips_others else _zero_others(rows, sizes)
+
+
+def _zero_others(rows: Array, sizes: Array) -> Array:
+    return jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], rows, 0)
 
 
 def _ragged_grouped(x: Array, weight: Array, sizes: Array, *, transposed: bool = False) -> Array:
@@ -112,6 +121,6 @@ def _ragged_dot(
     return product(left, right, sizes)
 
 
-RAGGED = Products(_ragged_grouped, _ragged_outer, 1)
-MEGABLOX = Products(_ragged_grouped, megablox.outer_product, 1)
+RAGGED = Products(_ragged_grouped, _ragged_outer)
+MEGABLOX = Products(megablox.grouped_product, megablox.outer_product, skips_others=True)
 HOPPER = Products(hopper.grouped_product, hopper.outer_product, hopper.BLOCK)

@@ -73,12 +73,30 @@ def token_positions(
     )
 
 
+def runs_of_chunks(tokens: TokenPositions, chunk_size: int | None) -> Int[Array, "*batch seq"]:
+    """A number for each chunk of each document of a row, so that tokens attend to those of the same
+    number that aren't after them; -1 for padding. Positions must rise within a document."""
+    if chunk_size is None:
+        return tokens.segments
+    real = tokens.segments >= 0
+    segment, chunk = tokens.segments, tokens.positions // chunk_size
+    segment_before, chunk_before = (_at_last_real(x, real) for x in (segment, chunk))
+    begins = real & ((segment != segment_before) | (chunk != chunk_before))
+    return jnp.where(real, jnp.cumsum(begins, axis=-1, dtype=jnp.int32), -1)
+
+
 def _positions_restart(
     positions: Int[Array, "*batch seq"], real: Bool[Array, "*batch seq"]
 ) -> Bool[Array, "*batch seq"]:
     """True at real tokens whose position isn't above that of the real token before."""
-    axis, index = positions.ndim - 1, jnp.arange(positions.shape[-1])
+    return real & (positions <= _at_last_real(positions, real))
+
+
+def _at_last_real(
+    x: Int[Array, "*batch seq"], real: Bool[Array, "*batch seq"]
+) -> Int[Array, "*batch seq"]:
+    """The value at the last real token before each token; -1 if there is none."""
+    axis, index = x.ndim - 1, jnp.arange(x.shape[-1])
     last_real = jax.lax.cummax(jnp.where(real, index, -1), axis=axis)
     before = jnp.concatenate([jnp.full_like(last_real[..., :1], -1), last_real[..., :-1]], axis)
-    position_before = jnp.take_along_axis(positions, jnp.maximum(before, 0), axis=axis)
-    return real & (before >= 0) & (positions <= position_before)
+    return jnp.where(before < 0, -1, jnp.take_along_axis(x, jnp.maximum(before, 0), axis=axis))

@@ -28,6 +28,8 @@ def by_platform(*operands: Any, **forms: Callable[..., Any]) -> Any:
     platform is traced."""
     if _mesh_platform() == "tpu":
         return forms.get("tpu", forms["default"])(*operands)
+    if len(forms) == 1:
+        return forms["default"](*operands)
     return lax.platform_dependent(*operands, **forms)
 
 

@@ -13,12 +13,12 @@ RematPolicy = Literal["dots", "full", "none"]
 fastest; `"full"` everything, which takes the least memory; `"none"` nothing."""
 
 _T = TypeVar("_T")
-_SAVED = "saved_residual"
+SAVED_RESIDUAL = "saved_residual"
 
 
 def save_residual(x: _T) -> _T:
     """Names a value that `remat="dots"` saves for the backward pass."""
-    return checkpoint_name(x, _SAVED)
+    return checkpoint_name(x, SAVED_RESIDUAL)
 
 
 def rematerialise(function: Callable[..., _T], policy: RematPolicy) -> Callable[..., _T]:
@@ -33,7 +33,7 @@ def rematerialise(function: Callable[..., _T], policy: RematPolicy) -> Callable[
         return function
     if policy == "dots":
         # Not `dots_saveable`, which would save low-rank updates, too, each as large as a weight.
-        saveable = policies.save_only_these_names(_SAVED)
+        saveable = policies.save_only_these_names(SAVED_RESIDUAL)
     elif policy == "full":
         saveable = policies.nothing_saveable
     else:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.layers.platforms import by_platform, may_run_on
+
 
 class Rotation(eqx.Module):
     """Cosine and sine of the rotation angle of each feature pair of each token."""
@@ -17,11 +19,26 @@ class Rotation(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch seq heads head_dim"]
     ) -> Float[Array, "*batch seq heads head_dim"]:
-        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-        even, odd = pairs[..., 0], pairs[..., 1]
-        cos, sin = self.cos[..., None, :], self.sin[..., None, :]
-        rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        return rotated.reshape(x.shape).astype(x.dtype)
+        forms = {"default": _rotate_pairs}
+        if may_run_on("tpu"):
+            forms["tpu"] = _rotate_by_product
+        return by_platform(x, self.cos[..., None, :], self.sin[..., None, :], **forms)
+
+
+def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_by_product(x: Array, cos: Array, sin: Array) -> Array:
+    """With an exact product that maps each pair (a, b) to (-b, a): an axis of two features would be
+    padded to a TPU's 128 lanes."""
+    turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]]).astype(x.dtype)
+    turned = jnp.matmul(x, turn, precision="highest").astype(jnp.float32)
+    cos, sin = (jnp.repeat(part, 2, axis=-1) for part in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 def rope_frequencies(size: int, theta: float) -> np.ndarray:

@@ -1,0 +1,106 @@
+"""Attention by JAX's own kernel for TPUs, splash attention."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llama4_eqx.layers.collectives import call_kernel, match_vma
+from llama4_eqx.layers.mask import TokenPositions, runs_of_chunks
+from llama4_eqx.layers.remat import SAVED_RESIDUAL
+
+_LANES, _BLOCK = 128, 512
+
+
+def fits_splash(q: Array, k: Array) -> bool:
+    """Whether the kernel takes these dtypes and sizes: queries and keys of the same tokens."""
+    same = q.dtype == k.dtype and q.shape[-2] == k.shape[-2]
+    return same and q.dtype in (jnp.bfloat16, jnp.float32) and q.shape[-1] % _LANES == 0
+
+
+def splash_attention(
+    q: Float[Array, "batch heads seq head_dim"],
+    k: Float[Array, "batch kv_heads seq head_dim"],
+    v: Float[Array, "batch kv_heads seq head_dim"],
+    tokens: TokenPositions,
+    *,
+    chunk_size: int | None,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "batch heads seq head_dim"]:
+    """`attention` of tokens to themselves, which `interpret` runs on any platform.
+
+    The kernel skips the blocks of keys after a query. Documents and chunks are its segments; of
+    rows known to be one document, chunks become rows of the batch, so that other chunks' blocks
+    aren't computed either. Queries are scaled before the product, in their own dtype.
+    """
+    batch, heads, seq, head_dim = q.shape
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    if tokens.contiguous:
+        ids, length = None, min(chunk_size or seq, seq)
+    else:
+        ids, length = runs_of_chunks(tokens, chunk_size), seq
+    block = min(-(-length // _LANES) * _LANES, _BLOCK)
+
+    def by_chunk(x: Array) -> Array:
+        """Chunks as rows, padded at their ends, where no real query looks."""
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -seq % length), (0, 0)))
+        x = x.reshape(*x.shape[:2], -1, length, head_dim).swapaxes(1, 2)
+        x = x.reshape(-1, *x.shape[2:])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -length % block), (0, 0)))
+
+    if ids is not None:
+        ids = jnp.pad(ids, ((0, 0), (0, -length % block)), constant_values=-1)
+    out = _splash(_Settings(block, interpret), *match_vma(*map(by_chunk, (q, k, v)), ids))
+    out = out[:, :, :length].reshape(batch, -1, heads, length, head_dim).swapaxes(1, 2)
+    out = out.reshape(batch, heads, -1, head_dim)[:, :, :seq]
+    return out if ids is None else jnp.where((tokens.segments >= 0)[:, None, :, None], out, 0)
+
+
+class _Settings(NamedTuple):
+    block: int
+    interpret: bool
+
+
+# With the kernel's own derivative, run as a kernel itself.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _splash(
+    settings: _Settings,
+    q: Float[Array, "batch heads seq head_dim"],
+    k: Float[Array, "batch kv_heads seq head_dim"],
+    v: Float[Array, "batch kv_heads seq head_dim"],
+    ids: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch heads seq head_dim"]:
+    return _forward(settings, q, k, v, ids)[0]
+
+
+def _forward(settings, q, k, v, ids):
+    # Here, since the module is slow to import and of no use without a TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    *_, heads, seq, _ = q.shape
+    sizes = (
+        "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute "
+        "block_q_dq block_kv_dq"
+    )
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((seq, seq))] * heads),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(sizes.split(), settings.block)),
+        residual_checkpoint_name=SAVED_RESIDUAL,
+        interpret=settings.interpret,
+    )
+
+    def attend(ids, q, k, v):
+        segments = None if ids is None else splash.SegmentIds(ids, ids)
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    return call_kernel(lambda q, k, v, ids: jax.vjp(partial(attend, ids), q, k, v), q, k, v, ids)
+
+
+def _backward(settings, vjp, d_out):
+    return *call_kernel(lambda vjp, d_out: vjp(d_out), vjp, d_out), None
+
+
+_splash.defvjp(_forward, _backward)
