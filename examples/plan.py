@@ -3,11 +3,13 @@
     python examples/plan.py                                                 # training Scout on 256
     python examples/plan.py maverick --mesh "data=2 fsdp=64 expert=8" --seq 4096
     python examples/plan.py scout serve --mesh "tensor=8 expert=2" --rows 32 --seq 131072
+    python examples/plan.py scout serve --topology v6e:4x4 --mesh "tensor=8 expert=2" --seq 8192
 
 The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
-run. A mesh axis is called what the preset of its name cuts; tokens go to their experts in training,
-and are the same for all experts in serving. The vision encoder, a small part, is left out.
-A picture of who holds what goes into runs/plan.
+run. With a `--topology` it is compiled for that slice of TPUs, for which it takes libtpu (`pip
+install 'llama4_eqx[tpu-plan]'`) but no TPU. A mesh axis is called what the preset of its name cuts;
+tokens go to their experts in training, and are the same for all experts in serving. The vision
+encoder, a small part, is left out. A picture of who holds what goes into runs/plan.
 """
 
 import argparse
@@ -22,15 +24,14 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
+from jax.typing import DTypeLike
+from plan_picture import draw
+from plan_tpu import TpuPlan, plan_tpu, tell_tpu
 
 import llama4_eqx as l4
-from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.distributed import (
     CONTEXT,
     DATA,
@@ -44,10 +45,9 @@ from llama4_eqx.distributed import (
     batch_sharding,
     collectives,
 )
+from llama4_eqx.distributed.topologies import HbmError, tpu_mesh
 from llama4_eqx.lowering import lower
 from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
-
-matplotlib.use("Agg")
 
 GIB = 2**30
 # Compilers for CPUs make float32 of bfloat16, but leave float16 as it is.
@@ -76,8 +76,25 @@ class Plan:
     model: l4.Llama4
 
 
-def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
-    """One step of AdamW over `rows` of `seq` tokens; parameters in float32, products in 16 bits.
+@dataclass(frozen=True)
+class Job:
+    """A program to be compiled, its model, and the bytes that it needs on each device."""
+
+    program: Lowered
+    model: l4.Llama4
+    held: dict[str, int]
+
+
+def training(
+    config: l4.Llama4Config,
+    mesh: Mesh,
+    rows: int,
+    seq: int,
+    *,
+    dtype: DTypeLike = SIXTEEN_BITS,
+    token_block: int = 1024,
+) -> Job:
+    """One step of AdamW over `rows` of `seq` tokens; parameters in float32, products in `dtype`.
 
     Of each layer only its input is kept for the backward pass.
     """
@@ -85,7 +102,7 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
     optimizer = optax.adamw(1e-4)
 
     def loss_function(model, tokens, key):
-        loss = next_token_loss(model, tokens, remat="full", key=key).token
+        loss = next_token_loss(model, tokens, remat="full", token_block=token_block, key=key).token
         return loss.total, loss.num_tokens, None
 
     def make():
@@ -93,13 +110,12 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
         return init_train_state(model, optimizer, key=jax.random.key(1))
 
     state = abstract_sharded(make, mesh, rules)
-    step = make_train_step(optimizer, loss_function, clip_norm=1.0, compute_dtype=SIXTEEN_BITS)
+    step = make_train_step(optimizer, loss_function, clip_norm=1.0, compute_dtype=dtype)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
-    program = step.lower(state, tokens).compile()
     parameters = bytes_here(state.model)
     inputs = jax.ShapeDtypeStruct(
         (config.text_config.num_hidden_layers, rows, seq, config.text_config.hidden_size),
-        SIXTEEN_BITS,
+        dtype,
         sharding=NamedSharding(mesh, PartitionSpec(None, *tokens.sharding.spec, None)),
     )
     held = {
@@ -108,23 +124,33 @@ def plan_training(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> P
         "gradients": parameters,
         "activations: each layer's input": bytes_here(inputs),
     }
-    return Plan(held, temporaries(program), collectives(program, mesh), state.model)
+    return Job(step.lower(state, tokens), state.model, held)
 
 
-def plan_serving(config: l4.Llama4Config, mesh: Mesh, rows: int, seq: int) -> Plan:
-    """Decoding one token of each row, with `seq` tokens in the cache; all in 16 bits."""
+def serving(
+    config: l4.Llama4Config,
+    mesh: Mesh,
+    rows: int,
+    seq: int,
+    *,
+    dtype: DTypeLike = SIXTEEN_BITS,
+    unstacked: bool = False,
+) -> Job:
+    """Decoding one token of each row, with `seq` tokens in the cache; all in `dtype`."""
     rules = rules_of(mesh, EXPERT_REPLICATED_TOKENS)
-    model = abstract_sharded(
-        lambda: l4.Llama4(config, dtype=SIXTEEN_BITS, key=jax.random.key(0)), mesh, rules
-    )
+
+    def make():
+        model = l4.Llama4(config, dtype=dtype, key=jax.random.key(0))
+        return model.unstacked() if unstacked else model
+
+    model = abstract_sharded(make, mesh, rules)
     cache = abstract_sharded(
         partial(eqx.filter_eval_shape, model.empty_cache, (rows,), seq), mesh, rules
     )
     place = NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh, rules).spec[:1]))
     token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
-    program = lower(l4.decode_step, model, token, cache, donate=2).compile()
-    held = {"parameters": bytes_here(model), "cache": bytes_here(cache)}
-    return Plan(held, temporaries(program), collectives(program, mesh), model)
+    program = lower(l4.decode_step, model, token, cache, donate=2)
+    return Job(program, model, {"parameters": bytes_here(model), "cache": bytes_here(cache)})
 
 
 def temporaries(program: Compiled) -> int:
@@ -188,53 +214,13 @@ def tell(plan: Plan, tokens: int, devices: int) -> None:
     print(DIFFERENCES)
 
 
-def draw(model: l4.Llama4, mesh: Mesh, path: Path) -> None:
-    """One panel for each way in which a matrix lies on the mesh."""
-    words, panels = axis_words(model), {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = leaf_name(key_path)
-        if len(words[name]) - words[name].count("layers") > 1:
-            panels.setdefault((words[name], leaf.shape), (name.split(".")[-1], leaf))
-    columns = 4
-    lines = -(-len(panels) // columns)
-    _, axes = plt.subplots(lines, columns, figsize=(16, 4.4 * lines), squeeze=False)
-    for place in axes.flat:
-        place.axis("off")
-    for place, ((names, shape), (name, leaf)) in zip(axes.flat, panels.items(), strict=False):
-        draw_parts(place, name, names, shape, leaf.sharding, mesh)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plt.tight_layout()
-    plt.savefig(path, dpi=80)
-
-
-def draw_parts(place, name, words, shape, sharding, mesh) -> None:
-    """A matrix cut into its parts, each with the number of the first device that holds it."""
-    named = list(zip(words, shape, strict=True))
-    cut = [axis for axis, names in enumerate(sharding.spec) if names]
-    down, across = (*cut, *(axis for axis in range(len(shape)) if axis not in cut))[:2]
-    holders = {}
-    for device, part in sharding.devices_indices_map(shape).items():
-        corner = tuple(piece.start or 0 for piece in part)
-        holders.setdefault((corner[down], corner[across]), []).append(device.id)
-    rows, columns = (sorted({corner[i] for corner in holders}) for i in (0, 1))
-    first = np.array([[min(holders[row, column]) for column in columns] for row in rows])
-    place.imshow(first, aspect="auto", cmap="turbo", vmin=0, vmax=mesh.size - 1)
-    if max(first.shape) <= 16:
-        for (row, column), device in np.ndenumerate(first):
-            place.text(column, row, device, ha="center", va="center", color="white", fontsize=8)
-    sizes = " × ".join(word if word == "2" else f"{word} {size}" for word, size in named)
-    cuts = ", ".join(f"{named[axis][0]} by {sharding.spec[axis]}" for axis in cut)
-    copies = len(next(iter(holders.values())))
-    title = f"{name}\n{sizes}\n{cuts or 'whole'}; each part on {copies} devices"
-    place.set_title(re.sub("[(),']", "", title), fontsize=9)
-
-
-def main(arguments: list[str] | None = None) -> Plan:
+def main(arguments: list[str] | None = None) -> Plan | TpuPlan:
     """Plans what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", choices=("scout", "maverick"), default="scout")
     parser.add_argument("job", nargs="?", choices=("train", "serve"), default="train")
     parser.add_argument("--mesh", help='such as "fsdp=64 expert=4"')
+    parser.add_argument("--topology", help='a slice of TPUs to compile for, such as "v5p:4x4x4"')
     parser.add_argument("--rows", type=int, help="of a batch; by default one a device")
     parser.add_argument("--seq", type=int, help="tokens in a row, or in the cache")
     options = parser.parse_args(arguments)
@@ -244,17 +230,28 @@ def main(arguments: list[str] | None = None) -> Plan:
         parser.error(f'a mesh is written as "{axes}", not as "{options.mesh}"')
     shape, seq = tuple(sizes.values()), options.seq or seq
     rows = options.rows or math.prod(shape)
-    jax.config.update("jax_num_cpu_devices", math.prod(shape))
-    mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    jax.config.update("jax_platforms", "cpu")  # whatever this machine has
     config = getattr(l4.Llama4Config, options.model)()
     text = l4.Llama4Config(config.text_config)
-    job = {"train": plan_training, "serve": plan_serving}[options.job]
+    job = {"train": training, "serve": serving}[options.job]
     devices = " × ".join(f"{name} {size}" for name, size in sizes.items())
     print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
-    try:
-        plan = job(text, mesh, rows, seq)
-    except ValueError as error:  # axes that can't be cut so
+    try:  # errors: axes that can't be cut so, a slice that there isn't
+        if options.topology:
+            mesh = tpu_mesh(options.topology, sizes)
+            best = {"train": {"token_block": 4096}, "serve": {"unstacked": True}}[options.job]
+            made = job(text, mesh, rows, seq, dtype=jnp.bfloat16, **best)
+            tokens = rows * seq if options.job == "train" else rows
+            plan = plan_tpu(made.program, made.model, made.held, mesh, tokens, options.job)
+            tell_tpu(plan, options.topology)
+            return plan
+        jax.config.update("jax_num_cpu_devices", math.prod(shape))
+        mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+        made = job(text, mesh, rows, seq)
+    except (HbmError, ImportError, ValueError) as error:
         raise SystemExit(str(error)) from None
+    program = made.program.compile()
+    plan = Plan(made.held, temporaries(program), collectives(program, mesh), made.model)
     tell(plan, rows * seq if options.job == "train" else rows, mesh.size)
     picture = Path("runs/plan") / f"{options.model}-{options.job}.png"
     draw(plan.model, mesh, picture)

@@ -8,7 +8,10 @@ since JAX writes its entries in place, where another one may read half of one.""
 
 import os
 import tempfile
+from pathlib import Path
 
+# With libtpu, which only compiles here, JAX would look for TPUs.
+os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidia0").exists() else "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax

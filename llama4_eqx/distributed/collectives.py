@@ -88,7 +88,9 @@ def _collectives_of(program: Program, instruction: Instruction) -> list[tuple[In
 
 
 def _collective(instruction: Instruction, kind: str, mesh: Mesh, times: int | None) -> Collective:
-    arrays = instruction.results
+    arrays = list(instruction.results)
+    if not arrays:
+        raise ValueError(f"{instruction.name} has no result: it isn't understood.")
     if instruction.opcode.endswith("-start") and len(arrays) > 1:  # operands, then results
         arrays = arrays[len(arrays) // 2 :]
     shape = arrays[0].shape
@@ -104,8 +106,8 @@ def _collective(instruction: Instruction, kind: str, mesh: Mesh, times: int | No
 
 
 def _dtype(spelling: str) -> str:
-    kind, bits = re.fullmatch(r"([a-z]+)(\d+)", spelling).groups()
-    return _DTYPES[kind] + bits
+    kind, *bits = re.split(r"(?<=\D)(?=\d)", spelling, maxsplit=1)
+    return "".join([_DTYPES[kind], *bits])
 
 
 def _first_group(rest: str) -> list[int]:

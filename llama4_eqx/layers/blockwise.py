@@ -6,6 +6,7 @@ and skips the blocks of keys that no query of a block attends to; the dense form
 in one product. Both are for any device; `cudnn` and `splash` have kernels for GPUs and TPUs.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
@@ -94,7 +95,7 @@ def attention(
             )
         return by_splash(q, k, v, queries, keys)
     blockwise = partial(blockwise_attention, **settings, **dropped)
-    forms = {"default": blockwise}
+    forms: dict[str, Callable[..., Array]] = {"default": blockwise}
     if backend is None and may_run_on("cuda"):
         large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
         forms["cuda"] = by_cudnn if for_cudnn else large

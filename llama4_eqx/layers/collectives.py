@@ -100,17 +100,21 @@ def match_vma(*trees: Any) -> Any:
 
 
 def call_kernel(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, for kernels that don't declare over which mesh axes their results vary, as
-    JAX's own don't: over all that the arguments vary over."""
+    """`function(*args)`, for JAX's own kernels, which don't declare over which mesh axes their
+    results vary: over all that the arguments vary over. They promote dtypes, too."""
     leaves, tree = jax.tree.flatten(args)
     names = {name for x in leaves for name in varying_axes(x)}
-    if not names:
-        return function(*args)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-    with config._check_vma(False):
-        make = jax.make_jaxpr(lambda *x: function(*jax.tree.unflatten(tree, x)), return_shape=True)
-        jaxpr, out_shape = make(*shapes)
-        out = jaxpr_as_fun(jaxpr)(*leaves)
+    with jax.numpy_dtype_promotion("standard"):
+        if not names:
+            return function(*args)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+
+        def of_leaves(*leaves: Array) -> T:
+            return function(*jax.tree.unflatten(tree, leaves))
+
+        with config._check_vma(False):
+            jaxpr, out_shape = jax.make_jaxpr(of_leaves, return_shape=True)(*shapes)
+            out = jaxpr_as_fun(jaxpr)(*leaves)
     return jax.tree.unflatten(jax.tree.structure(out_shape), pvary(out, tuple(sorted(names))))
 
 

@@ -1,7 +1,7 @@
 """Attention by JAX's own kernel for TPUs, splash attention."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,8 @@ def splash_attention(
 
     if ids is not None:
         ids = jnp.pad(ids, ((0, 0), (0, -length % block)), constant_values=-1)
-    out = _splash(_Settings(block, interpret), *match_vma(*map(by_chunk, (q, k, v)), ids))
+    q, k, v, ids = match_vma(by_chunk(q), by_chunk(k), by_chunk(v), ids)
+    out: Array = _splash(_Settings(block, interpret), q, k, v, ids)
     out = out[:, :, :length].reshape(batch, -1, heads, length, head_dim).swapaxes(1, 2)
     out = out.reshape(batch, heads, -1, head_dim)[:, :, :seq]
     return out if ids is None else jnp.where((tokens.segments >= 0)[:, None, :, None], out, 0)
@@ -76,18 +77,22 @@ def _splash(
     return _forward(settings, q, k, v, ids)[0]
 
 
-def _forward(settings, q, k, v, ids):
+def _forward(settings, q, k, v, ids) -> tuple[Any, Any]:
     # Here, since the module is slow to import and of no use without a TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     *_, heads, seq, _ = q.shape
-    sizes = (
-        "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute "
-        "block_q_dq block_kv_dq"
-    )
+    block = settings.block
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.CausalMask((seq, seq))] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(sizes.split(), settings.block)),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         residual_checkpoint_name=SAVED_RESIDUAL,
         interpret=settings.interpret,
     )

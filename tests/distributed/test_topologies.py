@@ -1,0 +1,157 @@
+"""Programs compiled for slices of TPUs that aren't here: what they read, compute and send.
+
+They say what the compiler makes of the model, which no other test sees.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import llama4_eqx as l4
+from llama4_eqx.distributed import (
+    EXPERT_ALL_TO_ALL,
+    EXPERT_REPLICATED_TOKENS,
+    FSDP,
+    TENSOR,
+    abstract_sharded,
+    batch_sharding,
+)
+from llama4_eqx.distributed.program_costs import program_costs
+from llama4_eqx.distributed.topologies import HbmError, compile_for_tpu, tpu_mesh
+from llama4_eqx.lowering import lower
+from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
+
+pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("libtpu")]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCOUT = l4.Llama4Config.scout().text_config
+
+
+def size(tree) -> int:
+    """Bytes of the tree on one device."""
+    return sum(
+        jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape)))
+        for leaf in jax.tree.leaves(tree)
+        if (shape := leaf.sharding.shard_shape(leaf.shape))
+    )
+
+
+# Of int8 1.14: the compiler prefetches values into VMEM, and writes them back as a whole.
+@pytest.mark.parametrize(
+    ("quantization", "limit"),
+    [(None, 1.05), (l4.Quantization(), 1.2)],
+    ids=["bfloat16", "int8"],
+)
+def test_decoding_reads_each_weight_and_cache_once(quantization, limit):
+    """Four of Scout's layers, 16 rows with 8,192 tokens each, on sixteen chips."""
+    mesh = tpu_mesh("v6e:4x4", {"tensor": 8, "expert": 2})
+    rules = TENSOR | EXPERT_REPLICATED_TOKENS
+    config = l4.Llama4Config(replace(SCOUT, num_hidden_layers=4))
+
+    def make():
+        model = l4.Llama4(config, dtype=jnp.bfloat16, key=jax.random.key(0)).unstacked()
+        return model if quantization is None else l4.quantize(model, quantization)
+
+    model = abstract_sharded(make, mesh, rules)
+    empty = partial(eqx.filter_eval_shape, model.empty_cache, (16,), 8192)
+    cache = abstract_sharded(empty, mesh, rules)
+    token = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    program = compile_for_tpu(lower(l4.decode_step, model, token, cache, donate=2))
+    read_once = size(model) - size(model.embed_tokens) + size(cache)
+    assert program_costs(program).hbm_bytes <= limit * read_once
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * read_once
+
+
+def test_a_training_step_computes_what_the_model_does():
+    """No expert's weight gradient is made from all tokens, attention is splash attention, and what
+    uneven routing may need costs nothing where it doesn't."""
+    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
+    rules = FSDP | EXPERT_ALL_TO_ALL
+    text = replace(
+        SCOUT,
+        num_hidden_layers=1,
+        hidden_size=1024,
+        intermediate_size=2048,
+        intermediate_size_mlp=2048,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        attention_chunk_size=1024,
+    )
+    rows, seq = 4, 2048
+    optimizer = optax.sgd(1e-3)
+
+    def loss_function(model, tokens, key):
+        loss = next_token_loss(model, tokens, remat="full", key=key).token
+        return loss.total, loss.num_tokens, None
+
+    def make():
+        model = l4.Llama4(l4.Llama4Config(text), key=jax.random.key(0))
+        return init_train_state(model, optimizer, key=jax.random.key(1))
+
+    state = abstract_sharded(make, mesh, rules)
+    step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
+    program = compile_for_tpu(step.lower(state, tokens))
+    of_token = 20 * 128 * 1024 + 3 * 1024 * 2048 + 16 * 1024  # attention, shared expert, router
+    # A round has room for half as many tokens again; attention kernels don't say what they compute.
+    # Of a single layer, the compiler keeps what a scan would have recomputed.
+    expected = 6 * rows * seq / 4 * (of_token + 1.5 * 3 * 1024 * 2048 + 2048 * 1024)
+    assert program_costs(program).flops == pytest.approx(expected, rel=0.02)
+    text = program.as_text()
+    assert "tgmm" in text
+    assert "splash_mha_dkv" in text
+
+
+def test_a_program_that_does_not_fit():
+    mesh = tpu_mesh("v6e:4x4", {"x": 16})
+    x = jax.ShapeDtypeStruct((16, 20 * 2**30), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
+    with pytest.raises(HbmError, match=r"needs \d+\.\d+G of HBM a device, which has 31\.25G"):
+        compile_for_tpu(jax.jit(lambda x: x + 1).lower(x))
+
+
+@pytest.mark.parametrize(
+    ("topology", "sentence"),
+    [
+        ("v9:4x4", "no slice of TPUs"),
+        ("v6e", "no slice of TPUs"),
+        ("v6e:8x8", "v6e:8x8 has 64 devices, and x 4 × y 4 are another number"),
+    ],
+)
+def test_a_slice_that_there_is_not(topology, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tpu_mesh(topology, {"x": 4, "y": 4})
+
+
+def test_the_example(tmp_path):
+    """It says what a device holds, reads and sends; and a slice's size if the mesh has another."""
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport plan\n"
+        "p = plan.main(sys.argv[1:])\n"
+        "print(json.dumps([p.costs.hbm_bytes / p.ideal_bytes, p.peak]))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, "scout", "serve", "--seq", "1024"]
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    result = run([*command, "--topology", "v6e:4x4", "--mesh", "tensor=8 expert=2"])
+    assert result.returncode == 0, result.stderr
+    *said, told = result.stdout.splitlines()
+    ratio, peak = json.loads(told)
+    assert 0.9 < ratio < 1.1
+    assert 14.8e9 < peak < 16e9
+    assert any("all-reduce" in line and "along tensor" in line for line in said)
+    result = run([*command, "--topology", "v6e:8x8", "--mesh", "tensor=8 expert=2"])
+    assert result.returncode == 1
+    assert "v6e:8x8 has 64 devices" in result.stderr
+    assert "Traceback" not in result.stderr
