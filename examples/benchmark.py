@@ -160,7 +160,7 @@ def train() -> None:
 def decode() -> None:
     model, prompt = random_model(CONFIG), random_tokens(1, SEQ)
     reference, torch_prompt = reference_model(model), torch.tensor(np.asarray(prompt)).long()
-    unstacked = model.unstacked()
+    unstacked = model.unstacked(experts=True)
 
     def theirs(new):
         return reference.generate(
@@ -193,7 +193,10 @@ def int8() -> None:
     larger = dataclasses.replace(CONFIG, num_hidden_layers=4, num_key_value_heads=8, **wide)
     for config in (CONFIG, larger):
         model, prompt = random_model(config), random_tokens(1, SEQ)
-        forms = {"float32": model.unstacked(), "int8": l4.quantize(model).unstacked()}
+        forms = {
+            "float32": model.unstacked(experts=True),
+            "int8": l4.quantize(model).unstacked(experts=True),
+        }
         runs = {
             f"{name} {new}": partial(l4.generate, form, prompt, max_new_tokens=new)
             for name, form in forms.items()

@@ -64,7 +64,7 @@ def main() -> None:
     greedy = options.temperature == 0
     stream = tokenizer.stream()
     for token in l4.stream(
-        model.unstacked() if on_cpu else model,
+        model.unstacked(experts=on_cpu),
         jnp.asarray(inputs.tokens),
         pixel_values=jnp.asarray(inputs.pixel_values),
         max_new_tokens=options.max_new_tokens,

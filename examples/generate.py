@@ -61,7 +61,7 @@ def main() -> None:
         sampler = l4.Sample(options.temperature or 0.6, top_p=options.top_p)
     stream = tokenizer.stream()
     for token in l4.stream(
-        model.unstacked() if on_cpu else model,
+        model.unstacked(experts=on_cpu),
         jnp.asarray(prompt, jnp.int32),
         max_new_tokens=options.max_new_tokens,
         sampler=sampler,

@@ -19,7 +19,7 @@ from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.interfaces import FeedForward, SequenceMixer
 from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.mlp import MLP
-from llama4_eqx.layers.moe import MoE
+from llama4_eqx.layers.moe import Experts, MoE
 from llama4_eqx.layers.norm import RMSNorm
 from llama4_eqx.layers.probe import LayerNumber
 from llama4_eqx.layers.remat import RematPolicy, rematerialise
@@ -286,13 +286,20 @@ class Decoder(eqx.Module):
         layers = [layer for block in self.blocks for layer in block.layers]
         return {site: words for layer in layers for site, words in layer.sites.items()}
 
-    def unstacked(self) -> "Decoder":
-        """The same decoder with each layer's weights as separate arrays.
+    def unstacked(self, *, experts: bool = False) -> "Decoder":
+        """The same decoder with each layer's weights as separate arrays; with `experts`, each
+        expert's, too.
 
-        Compile time grows with depth, but on a CPU decoding is much faster, since a scan copies
-        each layer's weights before it uses them.
+        Compile time grows with depth, but decoding is much faster, since a scan copies each layer's
+        weights before it uses them, and a CPU an expert's.
         """
         block = DecoderBlock(tuple(self.layers()))
+        if experts:
+            block = jax.tree.map(
+                lambda node: node.unstacked() if isinstance(node, Experts) else node,
+                block,
+                is_leaf=lambda node: isinstance(node, Experts),
+            )
         return eqx.tree_at(lambda decoder: decoder.blocks, self, (block,))
 
     def empty_cache(

@@ -220,9 +220,11 @@ class Llama4(eqx.Module):
     def __repr__(self) -> str:
         return model_repr(self)
 
-    def unstacked(self) -> "Llama4":
-        """The same model with each layer's weights as separate arrays; see `Decoder.unstacked`."""
-        return eqx.tree_at(lambda model: model.decoder, self, self.decoder.unstacked())
+    def unstacked(self, *, experts: bool = False) -> "Llama4":
+        """The same model with each layer's weights as separate arrays, for decoding; with
+        `experts`, each expert's, too, for CPUs. See `Decoder.unstacked`."""
+        decoder = self.decoder.unstacked(experts=experts)
+        return eqx.tree_at(lambda model: model.decoder, self, decoder)
 
 
 def encode_images(

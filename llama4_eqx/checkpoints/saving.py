@@ -27,6 +27,7 @@ from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX
 from llama4_eqx.distributed.processes import allgather_json, run_on_all_processes
 from llama4_eqx.layers.quantized import is_quantized
+from llama4_eqx.layers.unstacked import is_unstacked
 from llama4_eqx.model import Llama4
 from llama4_eqx.regraft import difference
 
@@ -65,6 +66,11 @@ def save_checkpoint(
         raise ValueError(
             "The model has quantised weights, which aren't written yet: save "
             "llama4_eqx.layers.dequantized(model), or the model that it was made from."
+        )
+    if any(map(is_unstacked, jax.tree.leaves(model, is_leaf=is_unstacked))):
+        raise ValueError(
+            "The model has unstacked experts, a form for decoding: save the model that it was made "
+            "from."
         )
     folder = Path(os.path.realpath(folder))
     files = _planned(model, int(max_shard_bytes))

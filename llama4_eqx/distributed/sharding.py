@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.distributed.mesh_parallel import MeshParallel
 from llama4_eqx.distributed.rules import Rules, RulesLike
+from llama4_eqx.layers.unstacked import is_unstacked
 from llama4_eqx.model import Llama4
 from llama4_eqx.parallel import Parallel, SingleDevice
 
@@ -111,9 +112,14 @@ def with_mesh(tree: T, mesh: Mesh, rules: RulesLike) -> T:
     """The tree with its models, of arrays or of shapes, set to run on the mesh; arrays stay where
     they are.
 
-    Raises a `ValueError` for a mesh axis that isn't there, and if only some of the experts' mesh
-    axes shard the tokens.
+    Raises a `ValueError` for a mesh axis that isn't there, if only some of the experts' mesh axes
+    shard the tokens, and for unstacked experts.
     """
+    if any(map(is_unstacked, jax.tree.leaves(tree, is_leaf=is_unstacked))):
+        raise ValueError(
+            "Unstacked experts, a form for one CPU, can't be sharded: shard the model that they "
+            "were made from."
+        )
     rules = Rules(rules)
     for word in rules:
         if unknown := [axis for axis in rules[word] if axis not in mesh.shape]:

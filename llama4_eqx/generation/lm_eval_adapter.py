@@ -25,7 +25,7 @@ class LmEval(TemplateLM):
     As in the harness's own adapter for `transformers`, a text begins with `<|begin_of_text|>`, the
     names of special tokens in it are those tokens, and texts longer than `max_length` tokens lose
     their beginning. `chat_template` is what `load_chat_template` returns. On a CPU, pass
-    `model.unstacked()`.
+    `model.unstacked(experts=True)`.
     """
 
     def __init__(

@@ -25,15 +25,16 @@ from llama4_eqx.layers.quantized import (
     plain_weight,
 )
 from llama4_eqx.layers.remat import save_residual
+from llama4_eqx.layers.unstacked import UnstackedWeight, Weights, any_quantized, unstacked_mlp
 
 _QuantizedWeights = tuple[Quantized, Quantized, Quantized]
 
 
 def grouped_mlp(
     rows: Float[Array, "tokens hidden"],
-    gate_proj: Float[Array, "experts hidden ff"] | Quantized,
-    up_proj: Float[Array, "experts hidden ff"] | Quantized,
-    down_proj: Float[Array, "experts ff hidden"] | Quantized,
+    gate_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
+    up_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
+    down_proj: Float[Array, "experts ff hidden"] | Quantized | UnstackedWeight,
     group_sizes: Int[Array, "experts"],
     *,
     activation: Activation = silu,
@@ -57,12 +58,16 @@ def grouped_mlp(
 
     Quantised weights go through a loop of their own on CPUs, through a ragged product of the
     converted numbers on TPUs, and are dequantised for many rows on GPUs or with a `backend`.
+    Unstacked weights are used as they are on CPUs, and stacked elsewhere or with a `backend`.
     """
     check_backend(backend, get_args(ExpertsBackend), "experts")
     weights = gate_proj, up_proj, down_proj
+    if all(isinstance(weight, UnstackedWeight) for weight in weights):
+        of_weights = partial(_of_unstacked, activation, backend)
+        return of_weights(rows, cast(Weights, weights), group_sizes)
     if backend is None and all(isinstance(weight, Quantized) for weight in weights):
         return _of_quantized(activation, rows, cast(_QuantizedWeights, weights), group_sizes)
-    gate, up, down = map(plain_weight, weights)
+    gate, up, down = (plain_weight(cast(Array | Quantized, weight)) for weight in weights)
     operands = rows, gate, up, down, group_sizes
     if backend == "hopper" and not fits_hopper(rows, gate):
         raise ValueError(
@@ -316,6 +321,48 @@ def _quantized_blocked(
     out = _visit_blocks(visit, jnp.zeros_like(wide), block, weights, sizes)[: len(rows)]
     return jnp.where(_has_expert(rows, sizes), out, 0).astype(rows.dtype)
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_unstacked(
+    activation: Activation,
+    backend: ExpertsBackend | None,
+    rows: Array,
+    weights: Weights,
+    sizes: Array,
+) -> Array:
+    forms = {"default": partial(_of_stacked, activation, backend)}
+    if backend is None:
+        block, _ = _block_sizes(len(rows), len(sizes))
+        forms["cpu"] = partial(unstacked_mlp, activation, block)
+    return by_platform(rows, weights, sizes, **forms)
+
+
+def _of_stacked(
+    activation: Activation,
+    backend: ExpertsBackend | None,
+    rows: Array,
+    weights: Weights,
+    sizes: Array,
+) -> Array:
+    gate, up, down = (weight.stacked() for weight in weights)
+    return grouped_mlp(rows, gate, up, down, sizes, activation=activation, backend=backend)
+
+
+def _unstacked_forward(activation, backend, rows, weights, sizes):
+    return _of_unstacked(activation, backend, rows, weights, sizes), (rows, weights, sizes)
+
+
+def _unstacked_backward(activation, backend, residuals, d_out):
+    rows, weights, sizes = residuals
+    run = partial(_of_stacked, activation, backend)
+    if any_quantized(weights):
+        _, vjp = jax.vjp(lambda rows: run(rows, weights, sizes), rows)
+        return *vjp(d_out), None, None
+    _, vjp = jax.vjp(lambda rows, weights: run(rows, weights, sizes), rows, weights)
+    return *vjp(d_out), None
+
+
+_of_unstacked.defvjp(_unstacked_forward, _unstacked_backward)
 
 _ragged = partial(mlp_by_products, RAGGED)
 _hopper = partial(mlp_by_products, HOPPER)

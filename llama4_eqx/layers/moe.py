@@ -17,6 +17,7 @@ from llama4_eqx.layers.dispatch import routed_experts
 from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP
+from llama4_eqx.layers.unstacked import unstacked_weight
 
 
 class Experts(eqx.Module):
@@ -69,6 +70,15 @@ class Experts(eqx.Module):
             self.activation,
         )
         return out.reshape(x.shape)
+
+    def unstacked(self) -> "Experts":
+        """The same experts with each one's weights as separate arrays; see `UnstackedWeight`."""
+        weights = self.gate_proj, self.up_proj, self.down_proj
+        return eqx.tree_at(
+            lambda experts: (experts.gate_proj, experts.up_proj, experts.down_proj),
+            self,
+            tuple(map(unstacked_weight, weights)),
+        )
 
 
 class MoE(FeedForward):
