@@ -20,7 +20,9 @@ from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in DTYPES.items()}
+# Of quantised weights, read by `compressed`.
+_NUMBERS = {"I8": jnp.int8, "F8_E4M3": jnp.float8_e4m3fn}
+_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in (DTYPES | _NUMBERS).items()}
 Index = tuple[slice, ...]
 _LFS = b"version https://git-lfs"
 
@@ -55,7 +57,8 @@ def raw_tensor(header: Header) -> np.ndarray:
     """A tensor of any of these dtypes, mapped from its file and not read yet."""
     if header.dtype not in _RAW_DTYPES:
         raise CheckpointError(f"{header.name} is {header.dtype}, which no quantised weight uses.")
-    start = _starts(header.file)[header.name]
+    stat = header.file.stat()
+    start = _starts(header.file, (stat.st_ino, stat.st_size, stat.st_mtime_ns))[header.name]
     dtype = np.dtype(_RAW_DTYPES[header.dtype])
     if 0 in header.shape:
         return np.zeros(header.shape, dtype)
@@ -63,8 +66,9 @@ def raw_tensor(header: Header) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _starts(path: Path) -> dict[str, int]:
-    """Where each tensor's bytes begin in a file that safetensors has already checked."""
+def _starts(path: Path, identity: tuple[int, ...]) -> dict[str, int]:
+    """Where each tensor's bytes begin in a file that safetensors has already checked. Another file
+    under the same name has another `identity`."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(size))
@@ -223,9 +227,10 @@ def file_header(entries: list[Entry]) -> tuple[bytes, list[int]]:
     ends = np.cumsum([0, *(entry.size for entry in entries)]).tolist()
     for entry, start, end in zip(entries, ends[:-1], ends[1:], strict=True):
         if entry.dtype not in _DTYPE_NAMES:
+            known = ", ".join(jnp.dtype(dtype).name for dtype in DTYPES.values())
             raise ValueError(
-                f"{entry.name} is {entry.dtype}, but must be one of "
-                f"{', '.join(dtype.name for dtype in _DTYPE_NAMES)}: cast the model before saving."
+                f"{entry.name} is {entry.dtype}, but must be one of {known}: cast the model before "
+                "saving."
             )
         dtype, shape = _DTYPE_NAMES[entry.dtype], entry.shape
         content[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}

@@ -12,6 +12,11 @@ import jax
 import numpy as np
 
 from llama4_eqx.checkpoints import generation_config
+from llama4_eqx.checkpoints.compressed_saving import (
+    MadeTensor,
+    made_tensors,
+    quantization_config,
+)
 from llama4_eqx.checkpoints.folder_replacement import Staging
 from llama4_eqx.checkpoints.foreign import FOREIGN_PARTS, parts_note
 from llama4_eqx.checkpoints.safetensors_io import (
@@ -26,7 +31,7 @@ from llama4_eqx.checkpoints.safetensors_io import (
 from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import TEXT_PREFIX
 from llama4_eqx.distributed.processes import allgather_json, run_on_all_processes
-from llama4_eqx.layers.quantized import is_quantized
+from llama4_eqx.layers.quantized import is_quantized, weight_shapes
 from llama4_eqx.layers.unstacked import is_unstacked
 from llama4_eqx.model import Llama4
 from llama4_eqx.regraft import difference
@@ -49,6 +54,9 @@ def save_checkpoint(
     `overwrite`; other files in the folder, such as a tokenizer, stay. The next save to the folder
     removes the hidden folders of killed ones. A link to a folder stays a link.
 
+    Quantised weights are written in the layout of `compressed-tensors`, with which `transformers`
+    reads them.
+
     Layers may have parts of your own classes (`llama4_eqx.research.replaced`): their parameters are
     stored under their paths and noted in `config.json`, and `load_checkpoint(make=…)` reads them.
 
@@ -62,11 +70,8 @@ def save_checkpoint(
     number = isinstance(max_shard_bytes, int | float | np.integer)
     if not number or not max_shard_bytes >= 1:
         raise ValueError(f"max_shard_bytes must be a positive number, not {max_shard_bytes!r}.")
-    if any(map(is_quantized, jax.tree.leaves(model, is_leaf=is_quantized))):
-        raise ValueError(
-            "The model has quantised weights, which aren't written yet: save "
-            "llama4_eqx.layers.dequantized(model), or the model that it was made from."
-        )
+    if jax.process_count() > 1 and _quantizes(_leaves(model)):
+        raise ValueError("Several processes can't save quantised weights: save them from one.")
     if any(map(is_unstacked, jax.tree.leaves(model, is_leaf=is_unstacked))):
         raise ValueError(
             "The model has unstacked experts, a form for decoding: save the model that it was made "
@@ -74,7 +79,7 @@ def save_checkpoint(
         )
     folder = Path(os.path.realpath(folder))
     files = _planned(model, int(max_shard_bytes))
-    found = difference(model)
+    found = difference(weight_shapes(model))
     if found is not None:
         raise ValueError(
             f"The model isn't what its config describes: {found}. Give it a config that fits with "
@@ -122,18 +127,21 @@ class _File:
     name: str
     header: bytes
     size: int
-    starts: list[tuple[Tensor, int]]
+    starts: list[tuple[Tensor | MadeTensor, int]]
 
 
 def _planned(model: Llama4, max_shard_bytes: int) -> list[_File]:
-    leaves = jax.tree.leaves(model)
-    text_prefix = "" if model.config.vision_config is None else TEXT_PREFIX
-    by_name = defaultdict(list)
-    for tensor in tensors(model, text_prefix=text_prefix):
-        by_name[tensor.name].append(tensor)
+    leaves, wanted = _leaves(model), _tensors(model)
+    by_name: dict[str, list[Tensor | MadeTensor]] = defaultdict(list)
+    for tensor in wanted:
+        made = made_tensors(tensor, leaves[tensor.leaf]) if _quantizes(leaves) else []
+        for one in made or [tensor]:
+            by_name[one.name].append(one)
     shards, room = [[]], max_shard_bytes
     for name, halves in by_name.items():
-        dtype, *other = dict.fromkeys(leaves[tensor.leaf].dtype for tensor in halves)
+        dtype, *other = dict.fromkeys(
+            one.dtype if isinstance(one, MadeTensor) else leaves[one.leaf].dtype for one in halves
+        )
         if other:
             raise ValueError(
                 f"{name} joins leaves of {dtype} and {other[0]}: cast the model to one dtype."
@@ -162,6 +170,19 @@ def _planned(model: Llama4, max_shard_bytes: int) -> list[_File]:
     return files
 
 
+def _leaves(model: Llama4) -> list[Any]:
+    return jax.tree.leaves(model, is_leaf=is_quantized)
+
+
+def _quantizes(leaves: list[Any]) -> bool:
+    return any(map(is_quantized, leaves))
+
+
+def _tensors(model: Llama4) -> list[Tensor]:
+    text_prefix = "" if model.config.vision_config is None else TEXT_PREFIX
+    return tensors(weight_shapes(model), text_prefix=text_prefix)
+
+
 def _refuse(folder: Path, overwrite: bool) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder.")
@@ -188,6 +209,9 @@ def _create(model: Llama4, files: list[_File], folder: Path, old: Path) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
         _write_json(folder / INDEX, index)
     config = model.config.to_hf() | {"torch_dtype": model.embed_tokens.dtype.name}
+    leaves = _leaves(model)
+    if _quantizes(leaves):
+        config["quantization_config"] = quantization_config(_tensors(model), leaves)
     parts = parts_note(model)
     if parts:
         config[FOREIGN_PARTS] = parts
@@ -206,10 +230,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write(model: Llama4, files: list[_File], folder: Path) -> None:
     """Writes this process's parts of the tensors."""
-    leaves = jax.tree.leaves(model)
+    leaves = _leaves(model)
     for planned in files:
         with (folder / planned.name).open("r+b") as file:
             for tensor, start in planned.starts:
+                if isinstance(tensor, MadeTensor):
+                    file.seek(start)
+                    file.write(tensor.make().view(np.uint8).data)
+                    continue
                 for index, part in parts(leaves[tensor.leaf], tensor.stack_index):
                     last = slice(index[-1].start + tensor.offset, index[-1].stop + tensor.offset)
                     write_part(file, start, tensor.shape_in_file, (*index[:-1], last), part)
