@@ -4,6 +4,7 @@
     python examples/plan.py maverick --mesh "data=2 fsdp=64 expert=8" --seq 4096
     python examples/plan.py scout serve --mesh "tensor=8 expert=2" --rows 32 --seq 131072
     python examples/plan.py scout serve --topology v6e:4x4 --mesh "tensor=8 expert=2" --seq 8192
+    python examples/plan.py scout serve --topology v5e:4x4 --seq 8192 --weights int8
 
 The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
 run. With a `--topology` it is compiled for that slice of TPUs, for which it takes libtpu (`pip
@@ -16,6 +17,7 @@ import argparse
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -57,6 +59,11 @@ DEFAULTS = {
     ("scout", "serve"): ("tensor=8 expert=2", 131_072),
     ("maverick", "train"): ("fsdp=16 expert=16", 8192),
     ("maverick", "serve"): ("tensor=8 expert=8", 131_072),
+}
+WEIGHTS = {
+    "bfloat16": None,
+    "int8": l4.Quantization(),
+    "float8": l4.Quantization(dtype=jnp.float8_e4m3fn),
 }
 DIFFERENCES = """
 How an accelerator differs. Temporaries (gradients and activations are among them): its compiler
@@ -135,13 +142,16 @@ def serving(
     *,
     dtype: DTypeLike = SIXTEEN_BITS,
     unstacked: bool = False,
+    quantization: l4.Quantization | None = None,
 ) -> Job:
-    """Decoding one token of each row, with `seq` tokens in the cache; all in `dtype`."""
+    """Decoding one token of each row, with `seq` tokens in the cache; all in `dtype`, but for
+    quantised weights."""
     rules = rules_of(mesh, EXPERT_REPLICATED_TOKENS)
 
     def make():
         model = l4.Llama4(config, dtype=dtype, key=jax.random.key(0))
-        return model.unstacked() if unstacked else model
+        model = model.unstacked() if unstacked else model
+        return model if quantization is None else l4.quantize(model, quantization)
 
     model = abstract_sharded(make, mesh, rules)
     cache = abstract_sharded(
@@ -221,6 +231,7 @@ def main(arguments: list[str] | None = None) -> Plan | TpuPlan:
     parser.add_argument("job", nargs="?", choices=("train", "serve"), default="train")
     parser.add_argument("--mesh", help='such as "fsdp=64 expert=4"')
     parser.add_argument("--topology", help='a slice of TPUs to compile for, such as "v5p:4x4x4"')
+    parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="when serving")
     parser.add_argument("--rows", type=int, help="of a batch; by default one a device")
     parser.add_argument("--seq", type=int, help="tokens in a row, or in the cache")
     options = parser.parse_args(arguments)
@@ -233,7 +244,11 @@ def main(arguments: list[str] | None = None) -> Plan | TpuPlan:
     jax.config.update("jax_platforms", "cpu")  # whatever this machine has
     config = getattr(l4.Llama4Config, options.model)()
     text = l4.Llama4Config(config.text_config)
-    job = {"train": training, "serve": serving}[options.job]
+    job: Callable[..., Job] = training
+    if options.job == "serve":
+        job = partial(serving, quantization=WEIGHTS[options.weights])
+    elif options.weights != "bfloat16":
+        parser.error("--weights is for serving: a training step has float32 parameters.")
     devices = " × ".join(f"{name} {size}" for name, size in sizes.items())
     print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
     try:  # errors: axes that can't be cut so, a slice that there isn't

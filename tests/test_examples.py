@@ -173,6 +173,16 @@ def test_shapes():
     said = run("shapes.py")
     assert "Scout: 107.8 billion parameters" in said.replace(" of text", "")
     assert "Maverick: 400.7 billion parameters" in said.replace(" of text", "")
+    # In int8: a byte a parameter, two in the embedding, router and norms; scales of all outputs.
+    hidden, ff, vocab = 5120, 8192, 202_048
+    plain = vocab * hidden + 48 * (16 + 2) * hidden + hidden
+    outputs = vocab + 48 * (17 * (2 * ff + hidden) + 2 * hidden + 2 * 1024)
+    numbers = vocab * hidden + 48 * (17 * 3 * hidden * ff + hidden * (2 * hidden + 2 * 1024))
+    room = 0.9 * 141 * 2**30 - 2 * plain - numbers - 4 * outputs
+    # Of 4,096 bytes a token, 36 layers keep 8,192 tokens and 12 keep all.
+    tokens = int((room / 4096 - 36 * 8192) / 12 / 1024) * 1024
+    (int8,) = {line for line in said.splitlines() if line.startswith("  int8") and "101 G" in line}
+    assert int8.split()[2] == f"{tokens:,}"
     assert "mask" in said.splitlines()[-3]
     assert "bool[2,9]" in said
 
