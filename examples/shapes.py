@@ -30,6 +30,7 @@ WEIGHTS = {
     "bfloat16": None,
     "int8": l4.Quantization(),
     "float8": l4.Quantization(dtype=jnp.float8_e4m3fn),
+    "int4": l4.Quantization(dtype=jnp.int4),
 }
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a model are kept in eight bits."""
+"""Which weights of a model are kept in few bits."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from llama4_eqx.axes import axis_words, leaf_name, matrix_axes, select
-from llama4_eqx.layers.quantized import LARGEST, is_quantized, quantized
+from llama4_eqx.layers.quantized import LARGEST, Quantized, is_quantized, quantized
 from llama4_eqx.model import Llama4
 
 
@@ -17,18 +17,29 @@ from llama4_eqx.model import Llama4
 class Quantization:
     """Weights to be quantised: those whose names match the patterns of `select`, by default the
     decoder's attention, feed-forward networks and experts, and the head. Router, norms and
-    embeddings stay as they are. `dtype` is `jnp.int8` or `jnp.float8_e4m3fn`.
+    embeddings stay as they are. `dtype` is `jnp.int8`, `jnp.float8_e4m3fn` or `jnp.int4`. With a
+    `group_size`, each group of so many inputs of a weight has its own scale, not all of them: 32 by
+    default for int4, which is stored two numbers in a byte.
     """
 
     patterns: tuple[str, ...] = ("decoder.*_proj", "lm_head")
     dtype: DTypeLike = jnp.int8
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if jnp.dtype(self.dtype) == jnp.int4 and self.group_size is None:
+            object.__setattr__(self, "group_size", 32)
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2, but is {self.group_size}.")
         if jnp.dtype(self.dtype).name not in LARGEST:
             raise ValueError(
-                f"Weights can be quantised to {' or '.join(LARGEST)}, not to "
+                f"Weights can be quantised to {', '.join(LARGEST)}, not to "
                 f"{jnp.dtype(self.dtype).name}."
             )
+
+    def of(self, weight: Float[Array, "..."], inputs: tuple[int, ...]) -> Quantized:
+        """The weight in few bits; `inputs` are the axes that its product sums over."""
+        return quantized(weight, inputs, self.dtype, self.group_size)
 
     def inputs(self, model: PyTree) -> dict[str, tuple[int, ...]]:
         """The names of the weights, and the axes of each that its product sums over. `model` may
@@ -65,6 +76,6 @@ def quantize(model: Llama4, quantization: Quantization | None = None) -> Llama4:
         axes = inputs.get(leaf_name(path))
         if axes is None:
             return leaf
-        return jax.jit(partial(quantized, inputs=axes, dtype=quantization.dtype))(leaf)
+        return jax.jit(partial(quantization.of, inputs=axes))(leaf)
 
     return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_quantized)

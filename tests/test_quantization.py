@@ -1,4 +1,4 @@
-"""Weights of eight bits: what they stand for, in every way in which a model runs."""
+"""Weights of few bits: what they stand for, in every way in which a model runs."""
 
 from dataclasses import replace
 
@@ -56,6 +56,61 @@ def test_rounding(dtype, shape, inputs):
     error = np.abs(small.dequantized() - weight.at[0, 0].set(0))
     step = small.scale / 2 if dtype == jnp.int8 else np.abs(weight) / 16 + small.scale / 512
     assert (error <= step * 1.001).all()
+
+
+@pytest.mark.parametrize("group_size", [4, 8, 32])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.int4])
+@pytest.mark.parametrize(
+    ("shape", "inputs"), [((24, 32), (1,)), ((3, 24, 2, 32), (2, 3)), ((5, 32, 6), (1,))]
+)
+def test_groups(dtype, group_size, shape, inputs):
+    """Each group of inputs by itself, as if it were a weight; two int4 in a byte."""
+    weight, last = jax.random.normal(jax.random.key(0), shape), inputs[-1]
+    small = quantized(weight, inputs, dtype, group_size)
+    assert small.shape == shape
+    assert small.scale.size * group_size == weight.size
+    assert small.numbers.nbytes == weight.size // (2 if dtype == jnp.int4 else 1)
+    for start in range(0, shape[last], group_size):
+        group = jax.lax.slice_in_dim(weight, start, start + group_size, axis=last)
+        one = quantized(group, (last,), dtype)
+        ours = jax.lax.slice_in_dim(small.dequantized(), start, start + group_size, axis=last)
+        np.testing.assert_allclose(ours, one.dequantized(), rtol=1e-6)
+    if dtype == jnp.int4:
+        steps = jnp.repeat(small.scale, group_size, axis=last) / 2
+        assert (np.abs(small.dequantized() - weight) <= steps * 1.001).all()
+    if len(shape) == 3:
+        matrix = small[1].transposed()
+        np.testing.assert_array_equal(matrix.dequantized(), small.dequantized()[1].T)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [(jnp.int4, 6), (jnp.int8, 5), (jnp.int4, 64)], ids=str
+)
+def test_groups_that_do_not_fit(dtype, group_size):
+    with pytest.raises(ValueError, match=r"has 32 inputs, which .* doesn't divide"):
+        quantized(jnp.ones((4, 32)), (1,), dtype, group_size)
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled", "experts apart"])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(dtype=jnp.int4, group_size=16),
+        Quantization(dtype=jnp.int8, group_size=8),
+        Quantization(("*experts*_proj",), jnp.int4),
+    ],
+    ids=str,
+)
+def test_a_model_in_groups_is_the_dequantised_one(model, quantization, form):
+    """Exactly the same products: no activation is rounded."""
+    small, tokens = quantize(model, quantization), random_tokens(2, 21)
+    truth = logits(dequantized(small), tokens)
+    if form != "scanned":
+        small = small.unstacked(experts=form == "experts apart")
+    assert relative_error(logits(small, tokens), truth) < 1e-5
+    assert relative_error(logits(small, tokens[:1, :1]), truth[:1, :1]) < 1e-5
+    new = l4.generate(small, tokens[:, :9], max_new_tokens=4)
+    np.testing.assert_array_equal(new[:, 0], jnp.argmax(truth[:, 8], -1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
@@ -130,6 +185,9 @@ def test_quantised_while_loading(folder, model):
     assert jax.tree.structure(loaded) == jax.tree.structure(truth)
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(truth), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    in_groups = Quantization(dtype=jnp.int4, group_size=16)
+    loaded = l4.load_checkpoint(folder, quantize=in_groups)
+    assert eqx.tree_equal(loaded, quantize(model, in_groups))
     some = l4.load_checkpoint(
         folder, quantize=Quantization(("*.experts.*", "!*.down_proj"), jnp.float8_e4m3fn)
     )
@@ -148,11 +206,18 @@ def test_quantised_while_loading(folder, model):
     ],
     ids=["tensor", "expert"],
 )
-def test_sharded_like_the_weights(model, sizes, rules):
+@pytest.mark.parametrize(
+    "quantization",  # exact on CPUs, too
+    [
+        Quantization(("decoder.*_proj",), jnp.float8_e4m3fn),
+        Quantization(("decoder.*_proj",), jnp.int4, 4),
+    ],
+    ids=["float8", "int4"],
+)
+def test_sharded_like_the_weights(model, sizes, rules, quantization):
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
-    quantization = Quantization(("decoder.*_proj",), jnp.float8_e4m3fn)  # exact on CPUs, too
     small, tokens = quantize(model, quantization), random_tokens(8, 16)
     placed = shard(small, mesh, rules)
     assert relative_error(logits(placed, tokens), logits(small, tokens)) < 2e-5
@@ -178,11 +243,12 @@ def test_an_accelerator_converts_inside_the_product(model):
     assert not [line for line in text.splitlines() if "multiply" in line and "40x64" in line]
 
 
-def test_lora_on_a_quantised_base(model, tmp_path):
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int4])
+def test_lora_on_a_quantised_base(dtype, tmp_path):
     """QLoRA: only the factors learn, and the adapter is that of the plain model."""
     config = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
     plain = l4.Llama4(l4.Llama4Config(config), key=jax.random.key(0))
-    base = quantize(plain, Quantization(dtype=jnp.float8_e4m3fn))
+    base = quantize(plain, Quantization(dtype=dtype, group_size=16 if dtype == jnp.int4 else None))
     lora = LoRA(base, "decoder.*_proj", rank=2, key=jax.random.key(1))
     tokens, optimizer = random_tokens(2, 20), optax.adam(1e-2)
     assert relative_error(logits(lora.attached(), tokens), logits(base, tokens)) < 1e-5
@@ -207,14 +273,16 @@ def test_lora_on_a_quantised_base(model, tmp_path):
 
 
 def test_errors(model, folder, tmp_path):
-    with pytest.raises(ValueError, match="int8 or float8_e4m3fn, not to int4"):
-        Quantization(dtype=jnp.int4)
+    with pytest.raises(ValueError, match="int8, float8_e4m3fn, int4, not to int2"):
+        Quantization(dtype=jnp.int2)
+    with pytest.raises(ValueError, match="at least 2, but is 0"):
+        Quantization(group_size=0)
+    with pytest.raises(ValueError, match=r"has 16 inputs, which 32 doesn't divide"):
+        quantize(model, Quantization(dtype=jnp.int4))
     with pytest.raises(ValueError, match="fits no leaf"):
         quantize(model, Quantization(("nothing",)))
     with pytest.raises(ValueError, match="isn't a matrix"):
         quantize(model, Quantization(("*.norm.weight",)))
-    with pytest.raises(ValueError, match="dequantized"):
-        l4.save_checkpoint(quantize(model), tmp_path / "model")
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match="goes with neither a mesh"):
         l4.load_checkpoint(folder, mesh=mesh, rules=TENSOR, quantize=Quantization())

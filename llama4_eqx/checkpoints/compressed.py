@@ -95,6 +95,13 @@ def unpacked(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return values.astype(np.int8)
 
 
+def packed_words(numbers: np.ndarray) -> np.ndarray:
+    """Numbers of four bits, eight in each int32 word: what `unpacked` reads."""
+    halves = np.pad((numbers + 8).astype(np.uint32), ((0, 0), (0, -numbers.shape[1] % 8)))
+    words = halves.reshape(len(halves), -1, 8) << (4 * np.arange(8, dtype=np.uint32))
+    return np.bitwise_or.reduce(words, axis=-1).view(np.int32)
+
+
 def with_compressed(
     headers: Mapping[str, Header], folder: Path
 ) -> Mapping[str, Header | Compressed]:

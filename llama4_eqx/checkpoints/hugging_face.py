@@ -40,7 +40,7 @@ from llama4_eqx.checkpoints.tensor_spellings import (
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed.rules import RulesLike
 from llama4_eqx.distributed.sharding import shardings, with_mesh
-from llama4_eqx.layers.quantized import Quantized, quantized
+from llama4_eqx.layers.quantized import Quantized
 from llama4_eqx.model import Llama4
 from llama4_eqx.quantization import Quantization
 from llama4_eqx.regraft import with_config
@@ -78,7 +78,7 @@ def load_checkpoint(
     integers in groups) are dequantised to the dtype of their scales, exactly as that library does
     it. Activations aren't quantised here, whatever the checkpoint says of them.
 
-    With `quantize=Quantization()`, weights become `Quantized` ones of eight bits as they are read.
+    With `quantize=Quantization()`, weights become `Quantized` ones as they are read.
 
     `make` is needed where `save_checkpoint` has stored parts of a user's own classes: it puts such
     parts into a model of the folder's config. With a `config`, the parameters that were loaded get
@@ -210,7 +210,7 @@ def _quantized_inputs(
     def convert(axes: tuple[int, ...]) -> Callable[[Array, int | None], Quantized]:
         def of_layer(value: Array, layer: int | None) -> Quantized:
             inputs = axes if layer is None else tuple(axis - 1 for axis in axes)
-            return jax.jit(partial(quantized, inputs=inputs, dtype=quantize.dtype))(value)
+            return jax.jit(partial(quantize.of, inputs=inputs))(value)
 
         return of_layer
 

@@ -21,7 +21,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 # Of quantised weights, read by `compressed`.
-_NUMBERS = {"I8": jnp.int8, "F8_E4M3": jnp.float8_e4m3fn}
+_NUMBERS = {"I8": jnp.int8, "F8_E4M3": jnp.float8_e4m3fn, "I32": np.int32, "I64": np.int64}
 _DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in (DTYPES | _NUMBERS).items()}
 Index = tuple[slice, ...]
 _LFS = b"version https://git-lfs"

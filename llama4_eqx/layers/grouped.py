@@ -117,6 +117,8 @@ def _row_by_row(activation: Activation, rows: Array, *weights_and_sizes: Any) ->
         own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weight)
         if not isinstance(own, Quantized):
             return x @ own
+        if own.scale.shape[0] > 1:
+            return x @ own.dequantized().astype(x.dtype)
         out = (x @ own.numbers.astype(x.dtype)).astype(jnp.float32)
         return (out * own.scale[0]).astype(x.dtype)
 
@@ -254,7 +256,9 @@ def _of_quantized(
 ) -> Array:
     few = 4 * len(rows) <= len(sizes)
     on_gpu = _row_by_row if few else _with_plain_weights
-    forms = {"cpu": _quantized_blocked, "cuda": on_gpu, "default": _quantized_ragged}
+    in_groups = any(weight.scale.shape[1] > 1 for weight in weights)
+    elsewhere = _with_plain_weights if in_groups else _quantized_ragged
+    forms = {"cpu": _quantized_blocked, "cuda": on_gpu, "default": elsewhere}
     return by_platform(
         rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}
     )
@@ -301,14 +305,16 @@ def _quantized_blocked(
 ) -> Array:
     block, _ = _block_sizes(len(rows), len(sizes))
     block = max(block, LEAST_ROWS)
-    in_int8 = all(weight.numbers.dtype == jnp.int8 for weight in weights)
+    in_int8 = all(
+        weight.numbers.dtype == jnp.int8 and weight.scale.shape[1] == 1 for weight in weights
+    )
     wide = _widen(rows, block)
     x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones_like(wide[:, :1]))
 
     def product(x: Array, scale: Array, weight: Quantized) -> Array:
         if in_int8:
             return int8_dot(x, weight.numbers, 0) * scale * weight.scale
-        return x @ (weight.numbers.astype(x.dtype) * weight.scale.astype(x.dtype))
+        return x @ weight.dequantized().astype(x.dtype)
 
     def visit(out, start, end, expert, own):
         block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))

@@ -1,4 +1,4 @@
-"""A weight of eight bits, as a leaf in place of the weight itself."""
+"""A weight of few bits, as a leaf in place of the weight itself."""
 
 from typing import Any, TypeVar
 
@@ -7,35 +7,42 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 T = TypeVar("T")
 # The largest number of each dtype that a scale is chosen for.
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 # XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
 LEAST_ROWS = 4
 
 
 class Quantized(eqx.Module):
     """`scale · numbers`, in place of a weight: numbers in int8 or float8, and a scale for each
-    output of the weight's product.
+    output of the weight's product; or in int4, two in a byte, and a scale for each group of inputs.
 
-    Products convert the numbers to the activations' dtype and scale the output, so that an
-    accelerator reads one byte a number. CPUs are fast at nothing but int8 times int8: there, if the
-    numbers are int8, each row of activations is rounded to int8, too, with a scale of its own.
+    Products convert the numbers to the activations' dtype, and scale the output where its inputs
+    share a scale, so that an accelerator reads one byte a number. CPUs are fast at nothing but int8
+    times int8: there, if the numbers are int8, each row of activations is rounded to int8, too,
+    with a scale of its own.
 
-    The axes are the weight's; a scale's have size 1 where outputs share it. `dtype` is that of the
-    weight that it stands for. Gradients go to activations, never to a weight of few bits.
+    The axes are the weight's; a scale's have size 1 where outputs share it, or the number of
+    groups. If two numbers share a byte, the first in its lower half, they are neighbours along the
+    axis `packed`, counted from the end. `dtype` is that of the weight that it stands for. Gradients
+    go to activations, never to a weight of few bits.
     """
 
     numbers: Num[Array, "..."]
     scale: Float[Array, "..."]
     dtype: Any = eqx.field(static=True)
+    packed: int | None = eqx.field(static=True, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The weight's shape."""
-        return self.numbers.shape
+        shape = list(self.numbers.shape)
+        if self.packed is not None:
+            shape[self.packed] *= 2
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -47,30 +54,80 @@ class Quantized(eqx.Module):
 
     def __getitem__(self, index: Any) -> "Quantized":
         """Along leading axes, which no product sums over: an expert of many."""
-        return Quantized(self.numbers[index], self.scale[index], self.dtype)
+        return Quantized(self.numbers[index], self.scale[index], self.dtype, self.packed)
 
     def reshape(self, outputs: int, inputs: int) -> "Quantized":
         """As a matrix of outputs and inputs."""
+        inputs //= 1 if self.packed is None else 2
         numbers = self.numbers.reshape(outputs, inputs)
-        return Quantized(numbers, self.scale.reshape(-1, 1), self.dtype)
+        return Quantized(numbers, self.scale.reshape(outputs, -1), self.dtype, self.packed)
+
+    def transposed(self) -> "Quantized":
+        """A matrix with its axes exchanged."""
+        packed = None if self.packed is None else -3 - self.packed
+        return Quantized(self.numbers.T, self.scale.T, self.dtype, packed)
+
+    def plain_numbers(self) -> Num[Array, "..."]:
+        """The numbers, one in each place."""
+        return self.numbers if self.packed is None else _unpacked(self.numbers, self.packed)
 
     def dequantized(self) -> Float[Array, "..."]:
         """The weight that it stands for."""
-        return (self.numbers.astype(self.scale.dtype) * self.scale).astype(self.dtype)
+        numbers, scale = self.plain_numbers(), self.scale
+        for axis, (size, groups) in enumerate(zip(self.shape, scale.shape, strict=True)):
+            if 1 < groups < size:
+                scale = jnp.repeat(scale, size // groups, axis=axis)
+        return (numbers.astype(scale.dtype) * scale).astype(self.dtype)
 
 
 def quantized(
-    weight: Float[Array, "..."], inputs: tuple[int, ...], dtype: DTypeLike = jnp.int8
+    weight: Float[Array, "..."],
+    inputs: tuple[int, ...],
+    dtype: DTypeLike = jnp.int8,
+    group_size: int | None = None,
 ) -> Quantized:
     """The weight rounded to the nearest numbers of the dtype, with the largest of each output's
-    weights as the largest number. `inputs` are the axes that its product sums over."""
+    weights as the largest number. `inputs` are the axes that its product sums over; with a
+    `group_size`, each group of so many along the last of them has its own scale.
+
+    Raises a `ValueError` if groups, or pairs of int4, don't divide that axis.
+    """
+    last = inputs[-1] % weight.ndim
+    size, in_pairs = weight.shape[last], jnp.dtype(dtype) == jnp.int4
+    if size % (group_size or 1) or (in_pairs and size % 2):
+        raise ValueError(
+            f"A weight of shape {weight.shape} has {size} inputs, which {group_size or 2} doesn't "
+            "divide: choose another group_size, or leave it out by the patterns."
+        )
     top = LARGEST[jnp.dtype(dtype).name]
     wide = weight.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True) / top
-    scale = jnp.where(scale == 0, 1, scale)
-    numbers = wide / scale
+    if group_size is None:
+        largest = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True)
+    else:
+        groups = (*wide.shape[:last], -1, group_size, *wide.shape[last + 1 :])
+        largest = jnp.max(jnp.abs(wide.reshape(groups)), axis=last + 1)
+    scale = jnp.where(largest == 0, 1, largest / top)
+    repeats = 1 if group_size is None else group_size
+    numbers = wide / jnp.repeat(scale, repeats, axis=last)
     numbers = jnp.round(numbers) if jnp.issubdtype(dtype, jnp.integer) else numbers
+    if in_pairs:
+        packed = last - weight.ndim
+        return Quantized(_packed(numbers.astype(jnp.int8), packed), scale, weight.dtype, packed)
     return Quantized(numbers.astype(dtype), scale, weight.dtype)
+
+
+def _packed(numbers: Int[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    axis %= numbers.ndim
+    pairs = numbers.reshape(*numbers.shape[:axis], -1, 2, *numbers.shape[axis + 1 :])
+    low, high = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) & 15 for i in (0, 1))
+    return (low | (high << 4)).astype(jnp.uint8)
+
+
+def _unpacked(pairs: UInt8[Array, "..."], axis: int) -> Int[Array, "..."]:
+    axis %= pairs.ndim
+    both = pairs.astype(jnp.int8)  # shifted there and back, a half has its sign
+    numbers = jnp.stack([(both << 4) >> 4, both >> 4], axis=axis + 1)
+    return numbers.reshape(*pairs.shape[:axis], -1, *pairs.shape[axis + 1 :])
 
 
 def is_quantized(node: Any) -> bool:
@@ -115,6 +172,8 @@ def quantized_product(
         x, x_scale = int8_rows(rows)
         return (int8_dot(x, numbers, 1) * x_scale * scale.T).astype(rows.dtype)
 
+    if weight.scale.shape[1] > 1:
+        return _dot(rows, weight.dequantized().astype(rows.dtype), 1)
     operands = rows, weight.numbers, weight.scale
     if weight.numbers.dtype != jnp.int8:
         return by_cast(*operands)
@@ -127,6 +186,8 @@ def _product_forward(rows: Array, weight: Quantized) -> tuple[Array, Any]:
 
 def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
     like, weight = residuals
+    if weight.scale.shape[1] > 1:
+        return _dot(d_out, weight.dequantized().astype(like.dtype), 0), None
     scaled = (d_out.astype(jnp.float32) * weight.scale.T).astype(like.dtype)
     return _dot(scaled, weight.numbers.astype(like.dtype), 0), None
 

@@ -28,15 +28,17 @@ class UnstackedWeight(eqx.Module):
 
     def stacked(self) -> Float[Array, "experts rows columns"] | Quantized:
         """The stack, each matrix `[in, out]` again."""
-        transposed = [jax.tree.map(lambda x: x.T, one) for one in self.experts]
+        transposed = map(_transposed, self.experts)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *transposed)
 
 
 def unstacked_weight(weight: Float[Array, "experts rows columns"] | Quantized) -> UnstackedWeight:
     """The weights of a stack of experts, one by one."""
-    return UnstackedWeight(
-        tuple(jax.tree.map(lambda x: jnp.array(x.T), weight[i]) for i in range(len(weight)))
-    )
+    return UnstackedWeight(tuple(_transposed(weight[i]) for i in range(len(weight))))
+
+
+def _transposed(matrix: Any) -> Any:
+    return matrix.transposed() if isinstance(matrix, Quantized) else matrix.T
 
 
 def is_unstacked(node: Any) -> bool:
