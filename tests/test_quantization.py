@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import llama4_eqx as l4
 from llama4_eqx.axes import select
 from llama4_eqx.checkpoints import load_adapter, save_adapter
-from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shard
+from llama4_eqx.distributed import EXPERT_ALL_TO_ALL, EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shard
 from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
 from llama4_eqx.layers.grouped import _quantized_ragged, _row_by_row
 from llama4_eqx.layers.quantized import quantized, quantized_product
@@ -229,6 +229,24 @@ def test_sharded_like_the_weights(model, sizes, rules, quantization):
         .layers[1]
         .feed_forward.experts.gate_proj.sharding.spec
     )
+
+
+@pytest.mark.parametrize("rules", [EXPERT_ALL_TO_ALL, EXPERT_REPLICATED_TOKENS], ids=str)
+def test_gradients_pass_through_on_a_mesh(model, rules):
+    """To what isn't quantised, as on one device; uneven routing takes several rounds."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
+    quantization = Quantization(("decoder.*experts.*_proj",), jnp.float8_e4m3fn)
+    small, tokens = quantize(model, quantization), random_tokens(8, 16)
+
+    def gradient(model):
+        def loss(table, model):
+            model = eqx.tree_at(lambda m: m.embed_tokens, model, table)
+            return next_token_loss(model, tokens).token.total
+
+        return eqx.filter_jit(jax.grad(loss))(model.embed_tokens, model)
+
+    placed = shard(small, mesh, FSDP | rules)
+    assert relative_error(gradient(placed), gradient(small)) < 2e-5
 
 
 def test_an_accelerator_converts_inside_the_product(model):
