@@ -16,7 +16,7 @@ from llama4_eqx.config import determine_is_moe_layer as determine_is_moe_layer
 from llama4_eqx.config import determine_is_nope_layer as determine_is_nope_layer
 from llama4_eqx.decoder import Decoder as Decoder
 from llama4_eqx.decoder import DecoderBlock as DecoderBlock
-from llama4_eqx.decoder import DecoderLayer as DecoderLayer
+from llama4_eqx.decoder_layer import DecoderLayer as DecoderLayer
 from llama4_eqx.generation import Greedy as Greedy
 from llama4_eqx.generation import Sample as Sample
 from llama4_eqx.generation import Sampler as Sampler

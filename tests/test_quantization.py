@@ -15,7 +15,8 @@ from llama4_eqx.axes import select
 from llama4_eqx.checkpoints import load_adapter, save_adapter
 from llama4_eqx.distributed import EXPERT_ALL_TO_ALL, EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shard
 from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
-from llama4_eqx.layers.grouped import _quantized_ragged, _row_by_row
+from llama4_eqx.layers.grouped import _row_by_row
+from llama4_eqx.layers.grouped_quantized import quantized_ragged_mlp
 from llama4_eqx.layers.quantized import quantized, quantized_product
 from llama4_eqx.quantization import Quantization, quantize
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
@@ -145,7 +146,7 @@ def test_experts(dtype, sizes):
     ours, our_vjp = jax.vjp(lambda rows: grouped_mlp(rows, *weights, sizes), rows)
     error = np.abs(ours - truth).max() / max(np.abs(truth).max(), 1e-9)
     assert error < (3e-2 if dtype == jnp.int8 else 1e-5)
-    for form in (_quantized_ragged, _row_by_row):  # for TPUs, and for few rows on GPUs
+    for form in (quantized_ragged_mlp, _row_by_row):  # for TPUs, and for few rows on GPUs
         np.testing.assert_allclose(form(jax.nn.silu, rows, weights, sizes), truth, atol=1e-5)
     np.testing.assert_allclose(our_vjp(rows)[0], vjp(rows)[0], atol=1e-5)
     np.testing.assert_allclose(

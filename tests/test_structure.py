@@ -28,6 +28,7 @@ FLOORS = (
     ("config_checks", "input_checks", "layers", "linen", "shape_checks", "summary"),
     ("vision_config",),
     ("config",),
+    ("decoder_layer",),
     ("decoder", "projector"),
     ("vision",),
     ("parallel",),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llama4_eqx.decoder import DecoderLayer
+from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.attention import Attention
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.probe import Edit, LayerNumber

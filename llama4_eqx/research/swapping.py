@@ -6,7 +6,8 @@ from typing import Any
 
 import equinox as eqx
 
-from llama4_eqx.decoder import DecoderBlock, DecoderLayer, stacked
+from llama4_eqx.decoder import DecoderBlock, stacked
+from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.foreign import part_at
 from llama4_eqx.model import Llama4
 

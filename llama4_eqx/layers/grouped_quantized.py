@@ -1,0 +1,57 @@
+"""The experts' SwiGLU with weights of few bits, as accelerators and as CPUs compute it fast."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from llama4_eqx.layers.activation import Activation, gated_product
+from llama4_eqx.layers.blocked import block_sizes, has_expert, visit_blocks, widen, write_rows
+from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_dot, int8_rows
+
+QuantizedWeights = tuple[Quantized, Quantized, Quantized]
+
+
+def quantized_ragged_mlp(
+    activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
+) -> Array:
+    """By ragged products of the converted numbers, with a scale for each output."""
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+    expert = jnp.minimum(expert, len(sizes) - 1)
+
+    def product(x: Array, weight: Quantized) -> Array:
+        out = lax.ragged_dot(x, weight.numbers.astype(x.dtype), sizes)
+        return (out.astype(jnp.float32) * weight.scale[expert, 0]).astype(x.dtype)
+
+    gate, up, down = weights
+    x = jnp.where(has_expert(rows, sizes), rows, 0)
+    inner = gated_product(activation, product(x, gate), product(x, up))
+    return jnp.where(has_expert(rows, sizes), product(inner, down), 0)
+
+
+def quantized_blocked_mlp(
+    activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
+) -> Array:
+    """A loop for CPUs; rows of activations are rounded to int8 where the weights are."""
+    block, _ = block_sizes(len(rows), len(sizes))
+    block = max(block, LEAST_ROWS)
+    in_int8 = all(
+        weight.numbers.dtype == jnp.int8 and weight.scale.shape[1] == 1 for weight in weights
+    )
+    wide = widen(rows, block)
+    x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones_like(wide[:, :1]))
+
+    def product(x: Array, scale: Array, weight: Quantized) -> Array:
+        if in_int8:
+            return int8_dot(x, weight.numbers, 0) * scale * weight.scale
+        return x @ weight.dequantized().astype(x.dtype)
+
+    def visit(out, start, end, expert, own):
+        block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))
+        gate, up, down = own
+        gated, upped = (product(block_x, scale, weight) for weight in (gate, up))
+        inner = gated_product(activation, gated, upped)
+        inner, inner_scale = int8_rows(inner) if in_int8 else (inner, scale)
+        return write_rows(out, product(inner, inner_scale, down), start)
+
+    out = visit_blocks(visit, jnp.zeros_like(wide), block, weights, sizes)[: len(rows)]
+    return jnp.where(has_expert(rows, sizes), out, 0).astype(rows.dtype)
