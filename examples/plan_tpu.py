@@ -16,6 +16,7 @@ from llama4_eqx.distributed import Collective, collectives
 from llama4_eqx.distributed.hlo import read_hlo
 from llama4_eqx.distributed.program_costs import ProgramCosts, program_costs
 from llama4_eqx.distributed.topologies import compile_for_tpu
+from llama4_eqx.layers.quantized import weight_shapes
 
 GB = 1e9
 # Of one device: GB/s of HBM, and 10¹² bfloat16 operations a second, from Google's data sheets.
@@ -98,7 +99,8 @@ def active_parameters(model: l4.Llama4) -> int:
     of_expert = 3 * text.hidden_size * text.intermediate_size
     layers = sum(text.layer_is_moe(i) for i in range(text.num_hidden_layers))
     table = 0 if model.lm_head is None else model.embed_tokens.size
-    return sum(leaf.size for leaf in jax.tree.leaves(model)) - table - layers * idle * of_expert
+    everything = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(weight_shapes(model)))
+    return everything - table - layers * idle * of_expert
 
 
 def tell_tpu(plan: TpuPlan, topology: str) -> None:

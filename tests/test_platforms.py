@@ -1,6 +1,7 @@
 """Programs for other platforms, lowered from a CPU, and exported ones."""
 
 import inspect
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType
 
 import llama4_eqx as l4
+from llama4_eqx.distributed import CONTEXT, DATA, TENSOR, init_sharded, shard
 from llama4_eqx.layers import Backends
 from llama4_eqx.layers.backends import check_backend
 from llama4_eqx.lowering import lower
@@ -167,3 +170,25 @@ def test_padded_rows_that_a_gpu_may_take_as_plain(padding, monkeypatch):
     assert "stablehlo.case" in text or "stablehlo.if" in text
     for ours, plain in zip(outputs(), truth, strict=True):
         np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize("axes", [("data", "context"), ("context", "tensor"), ("data", "tensor")])
+def test_the_same_test_on_a_mesh_of_tpus(axes, monkeypatch):
+    """There, too, rows are prefilled as plain ones only where a device has them whole."""
+    config = l4.Llama4Config(replace(SCOUT, head_dim=128))
+    model = l4.Llama4(config, key=jax.random.key(0))
+    tokens, mask = random_tokens(4, 24), jnp.arange(24) < jnp.array([[24], [17], [24], [9]])
+    mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    presets = {"data": DATA, "context": CONTEXT, "tensor": TENSOR}
+    rules = presets[axes[0]] | presets[axes[1]]
+
+    def outputs(model, cache):
+        run = eqx.filter_jit(lambda m, t, c, mask: m(t, cache=c, mask=mask).logits)
+        return np.asarray(run(model, tokens, cache, mask))[np.asarray(mask)]
+
+    truth = outputs(model, model.empty_cache((4,), 24))
+    for module in ("attention", "blockwise"):
+        monkeypatch.setattr(f"llama4_eqx.layers.{module}.may_run_on", lambda name: name == "tpu")
+    placed = shard(model, mesh, rules)
+    cache = init_sharded(lambda: model.empty_cache((4,), 24), mesh, rules)
+    assert relative_error(outputs(placed, cache), truth) < 1e-5

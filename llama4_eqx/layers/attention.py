@@ -164,7 +164,8 @@ class Attention(SequenceMixer):
             run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
             own_keys = attended is new
             dropped = key is not None and self.dropout > 0
-            if not dropped and _may_be_plain_rows(q, k, context.tokens, backend):
+            whole_rows = not dropped and not mesh_axes.seq
+            if whole_rows and _may_be_plain_rows(q, k, context.tokens, backend):
                 tokens = replace(context.tokens, contiguous=True)
                 out = lax.cond(
                     _are_plain_rows(context),
