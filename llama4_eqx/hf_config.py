@@ -17,7 +17,7 @@ _MAX_BYTES = 16 * 2**20
 _MAX_DIGITS = 400
 
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
-_READABLE = "compressed-tensors"
+_READABLE = ("compressed-tensors", "bitsandbytes")
 
 # Fields that only Llama 4 has: they identify a file that lacks a model_type.
 _OWN = frozenset(
@@ -127,11 +127,11 @@ def parts(raw: Mapping[str, Any]) -> Parts:
 
 
 def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a config says of quantised tensors, if they are of a kind that can be read: that of
-    `compressed-tensors`, which `checkpoints.compressed` checks. None if they aren't quantised."""
+    """What a config says of quantised tensors, if they are of a kind that can be read: those of
+    the libraries `compressed-tensors` and `bitsandbytes`. None if they aren't quantised."""
     for part in (raw, raw.get("text_config")):
         settings = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if isinstance(settings, Mapping) and settings.get("quant_method") == _READABLE:
+        if isinstance(settings, Mapping) and settings.get("quant_method") in _READABLE:
             return settings
     return None
 
@@ -293,7 +293,7 @@ def _check_family(
             method = shown(settings.get("quant_method", "an unnamed method"))
             raise ValueError(
                 f"The checkpoint is quantised with {method} ({name} in {where}), which isn't "
-                f"supported: use the bf16 release, or one of {_READABLE}."
+                f"supported: use the bf16 release, or one of {' or '.join(_READABLE)}."
             )
     if "peft_type" in raw:
         raise ValueError(

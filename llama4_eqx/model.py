@@ -1,9 +1,10 @@
 """The whole model: tokens and images in, logits out."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -22,6 +23,7 @@ from llama4_eqx.input_checks import (
 from llama4_eqx.layers.backends import BY_PLATFORM, Backends
 from llama4_eqx.layers.cache import CacheSpan, KVCache
 from llama4_eqx.layers.context import Context, Execution
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.mask import TokenPositions, token_positions
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.quantized import plain_weight
@@ -191,22 +193,32 @@ class Llama4(eqx.Module):
         return self.parallel.unembed(hidden, head)
 
     def empty_cache(
-        self, batch_shape: tuple[int, ...], capacity: int, *, start: int = 0
+        self,
+        batch_shape: tuple[int, ...],
+        capacity: int,
+        *,
+        start: int = 0,
+        dtype: DTypeLike | None = None,
     ) -> KVCache:
         """A cache for rows of at most `capacity` real tokens, the first at position `start`.
 
-        Global layers keep every token, chunk-local ones at most a chunk.
+        Global layers keep every token, chunk-local ones at most a chunk. In `dtype` int8 or
+        float8_e4m3fn it takes half of bfloat16's memory, or a quarter of float32's, and is less
+        exact; see `KVCache.quantized`.
         """
         if capacity < 1 or start < 0 or start + capacity > LAST_POSITION:
             raise ValueError(
                 f"A cache holds at least one token, and positions from 0 to {LAST_POSITION}; got "
                 f"capacity={capacity}, start={start}."
             )
-        return self.decoder.empty_cache(batch_shape, capacity, start=start)
+        empty = partial(self.decoder.empty_cache, batch_shape, capacity, start=start)
+        if dtype is None:
+            return empty()
+        return jax.jit(lambda: empty().quantized(dtype))()  # the wide one is never made
 
     def _check_cache(self, cache: KVCache) -> None:
         fitting = eqx.filter_eval_shape(
-            self.decoder.empty_cache, cache.length.shape, cache.capacity
+            self.empty_cache, cache.length.shape, cache.capacity, dtype=cache.dtype
         )
         if jax.tree.structure(fitting) != jax.tree.structure(cache) or any(
             a.shape != b.shape

@@ -5,11 +5,11 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.layers.dropout import dropout
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.linear import linear
 
 

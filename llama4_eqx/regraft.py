@@ -7,7 +7,6 @@ from zlib import crc32
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal
 from jaxtyping import Array, PRNGKeyArray
 
 from llama4_eqx.axes import axis_words, leaf_name
@@ -15,6 +14,7 @@ from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import DecoderBlock
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.foreign import foreign_parts, part_at
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.model import Llama4
 
 # Axes that may grow: their new entries are drawn at random.

@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.config import VisionConfig
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.norm import LayerNorm

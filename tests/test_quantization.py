@@ -13,7 +13,14 @@ from jax.sharding import AxisType
 import llama4_eqx as l4
 from llama4_eqx.axes import select
 from llama4_eqx.checkpoints import load_adapter, save_adapter
-from llama4_eqx.distributed import EXPERT_ALL_TO_ALL, EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shard
+from llama4_eqx.distributed import (
+    EXPERT_ALL_TO_ALL,
+    EXPERT_REPLICATED_TOKENS,
+    FSDP,
+    TENSOR,
+    shard,
+    unshard,
+)
 from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
 from llama4_eqx.layers.grouped import _row_by_row
 from llama4_eqx.layers.grouped_quantized import quantized_ragged_mlp
@@ -180,6 +187,16 @@ def test_a_quantised_model(model, form, dtype):
     assert sizes[0] < 0.35 * sizes[1]  # scales weigh more in a toy
 
 
+@pytest.mark.parametrize("scheme", [Quantization(), Quantization(dtype=jnp.int4, group_size=8)])
+def test_quantised_while_loading_on_a_mesh(folder, scheme):
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    sharded = l4.load_checkpoint(folder, mesh=mesh, rules=TENSOR, quantize=scheme)
+    whole = l4.load_checkpoint(folder, quantize=scheme)
+    assert eqx.tree_equal(unshard(sharded), whole)
+    down = sharded.decoder.blocks[0].layers[1].feed_forward.experts.down_proj
+    assert down.numbers.sharding.shard_shape(down.numbers.shape) != down.numbers.shape
+
+
 def test_quantised_while_loading(folder, model):
     loaded = l4.load_checkpoint(folder, quantize=Quantization())
     truth = quantize(model)
@@ -302,7 +319,6 @@ def test_errors(model, folder, tmp_path):
         quantize(model, Quantization(("nothing",)))
     with pytest.raises(ValueError, match="isn't a matrix"):
         quantize(model, Quantization(("*.norm.weight",)))
-    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
-    with pytest.raises(ValueError, match="goes with neither a mesh"):
-        l4.load_checkpoint(folder, mesh=mesh, rules=TENSOR, quantize=Quantization())
+    with pytest.raises(ValueError, match="doesn't go with another config"):
+        l4.load_checkpoint(folder, config=model.config, quantize=Quantization())
     assert logits(quantize(model), random_tokens(1, 8), backends=Backends("dense", "dense")).size

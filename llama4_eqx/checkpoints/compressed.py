@@ -1,4 +1,4 @@
-"""Quantised weights in the layout of `compressed-tensors`, dequantised as they are read.
+"""Quantised weights in the layout of `compressed-tensors`, dequantised as they are read, or not.
 
 A weight `W` of `out` rows and `in` columns is stored as numbers and scales, `W = scale · number` or
 `scale · (number - zero_point)`, with one scale for the tensor, a row, a group of columns in a row,
@@ -8,16 +8,15 @@ the lowest bits first. Source: compressed-tensors 0.20.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama4_eqx import hf_config
 from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
-from llama4_eqx.checkpoints.safetensors_io import DTYPES, Header, raw_tensor
+from llama4_eqx.checkpoints.safetensors_reading import DTYPES, Header, raw_tensor
 
 _FORMATS = ("float-quantized", "int-quantized", "pack-quantized", "naive-quantized", "dense")
 _STRATEGIES = ("tensor", "channel", "group", "block")
@@ -26,14 +25,32 @@ _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_
 _FIELDS = ("weight_scale", "weight_zero_point", "weight_packed", "weight_shape", "weight_g_idx")
 
 
+class Form(NamedTuple):
+    """How a quantised weight can be kept: the dtype of its numbers, and how many groups of inputs
+    have a scale of their own for each output."""
+
+    dtype: str
+    groups: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Numbers or scales of a quantised weight. Slices of them are read: `part[0:5, :]`."""
+
+    read: Callable[[slice, slice], np.ndarray]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return self.read(*index)
+
+
 @dataclass(frozen=True)
 class Compressed:
     """A quantised weight. Slices of it are read and dequantised: `weight[0:5, :]`."""
 
     name: str
     shape: tuple[int, ...]
-    numbers: Header
-    scale: Header
+    number_header: Header
+    scale_header: Header
     zero_point: Header | None
     group_of_column: Header | None
     bits: int | None
@@ -42,33 +59,70 @@ class Compressed:
     @property
     def dtype(self) -> str:
         """That of the dequantised weight, as safetensors names it: its scales'."""
-        return self.scale.dtype
+        return self.scale_header.dtype
 
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that hold a part of it."""
-        parts = (self.numbers, self.scale, self.zero_point, self.group_of_column)
+        parts = (self.number_header, self.scale_header, self.zero_point, self.group_of_column)
         return tuple(sorted({part.file for part in parts if part is not None}))
+
+    @property
+    def form(self) -> Form | None:
+        """How it can be kept as it is; None where only its dequantised weight can."""
+        columns, groups = self.shape[1], self._scales().shape[1]
+        size = columns // groups if self.block is None else self.block[1]
+        if self.group_of_column is not None or size * groups != columns:
+            return None
+        if self.zero_point is not None and np.any(raw_tensor(self.zero_point)):
+            return None
+        if self.number_header.dtype == "F8_E4M3":
+            return Form("float8_e4m3fn", groups)
+        return Form("int4" if self.bits == 4 and size % 2 == 0 else "int8", groups)
+
+    @property
+    def numbers(self) -> Part:
+        """The numbers, one in each place."""
+        return Part(self._numbers)
+
+    @property
+    def scales(self) -> Part:
+        """The scales of each output, one for each group of inputs."""
+
+        def read(rows: slice, groups: slice) -> np.ndarray:
+            scale, index = self._scales(), np.arange(self.shape[0])[rows]
+            if self.block is not None:
+                index = index // self.block[0]
+            elif len(scale) == 1:
+                index = index * 0
+            return scale[index, groups]
+
+        return Part(read)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         rows, columns = (
             slice(*at.indices(size)[:2]) for at, size in zip(index, self.shape, strict=True)
         )
-        numbers = raw_tensor(self.numbers)[rows]
-        if self.bits is not None:
-            numbers = unpacked(numbers, self.bits, self.shape[1])
-        scale = self._spread(raw_tensor(self.scale), rows, columns)
-        values = numbers[:, columns].astype(scale.dtype)
+        scale = self._spread(self._scales(), rows, columns)
+        values = self._numbers(rows, columns).astype(scale.dtype)
         if self.zero_point is not None:
-            zero_point = raw_tensor(self.zero_point)
+            zero_point = _matrix(raw_tensor(self.zero_point))
             if self.bits is not None:
-                zero_point = unpacked(np.asarray(zero_point).T, self.bits, self.shape[0]).T
+                zero_point = unpacked(zero_point.T, self.bits, self.shape[0]).T
             values = values - self._spread(zero_point, rows, columns).astype(scale.dtype)
         return values * scale
 
+    def _numbers(self, rows: slice, columns: slice) -> np.ndarray:
+        numbers = raw_tensor(self.number_header)[rows]
+        if self.bits is not None:
+            numbers = unpacked(numbers, self.bits, self.shape[1])
+        return numbers[:, columns]
+
+    def _scales(self) -> np.ndarray:
+        return _matrix(raw_tensor(self.scale_header))
+
     def _spread(self, scale: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
         """Scales, or zero points, for these rows and columns."""
-        scale = np.asarray(scale).reshape(-1, 1) if scale.ndim < 2 else np.asarray(scale)
         row_index = np.arange(rows.start, rows.stop)
         column_index = np.arange(columns.start, columns.stop)
         if self.block is not None:
@@ -79,6 +133,11 @@ class Compressed:
             column_index = column_index // math.ceil(self.shape[1] / scale.shape[1])
         scale = scale if len(scale) == 1 else scale[row_index]
         return scale if scale.shape[1] == 1 else scale[:, column_index]
+
+
+def _matrix(scale: np.ndarray) -> np.ndarray:
+    """One row for each output, or for all."""
+    return np.asarray(scale).reshape(-1, 1) if scale.ndim < 2 else np.asarray(scale)
 
 
 def unpacked(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
@@ -103,16 +162,13 @@ def packed_words(numbers: np.ndarray) -> np.ndarray:
 
 
 def with_compressed(
-    headers: Mapping[str, Header], folder: Path
+    headers: Mapping[str, Header], settings: Mapping[str, Any], folder: Path
 ) -> Mapping[str, Header | Compressed]:
     """The tensors of a folder, with a `Compressed` in place of each quantised weight's parts.
 
-    Raises `CheckpointError` for formats that can't be read and for parts that don't fit together.
+    `settings` is the config's `quantization_config`. Raises `CheckpointError` for formats that
+    can't be read and for parts that don't fit together.
     """
-    raw = hf_config.read_config(folder)
-    settings = hf_config.quantization(raw)
-    if settings is None:
-        return headers
     groups = _weight_settings(settings, folder)
     found: dict[str, Header | Compressed] = {}
     parts: dict[str, dict[str, Header]] = {}
@@ -201,8 +257,8 @@ def _compressed(
     return Compressed(
         name=name,
         shape=shape,
-        numbers=numbers,
-        scale=scale,
+        number_header=numbers,
+        scale_header=scale,
         zero_point=fields.get("weight_zero_point"),
         group_of_column=fields.get("weight_g_idx"),
         bits=bits,

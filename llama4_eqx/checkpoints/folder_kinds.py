@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from llama4_eqx.checkpoints.errors import CheckpointError
-from llama4_eqx.checkpoints.safetensors_io import INDEX, SINGLE, is_lfs_pointer
+from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE, is_lfs_pointer
 
 
 def require_checkpoint(folder: Path) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -14,39 +14,41 @@ from typing import Any, Literal, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int, Num, PRNGKeyArray
-from safetensors import safe_open
+from jaxtyping import PRNGKeyArray
 
+from llama4_eqx import hf_config
 from llama4_eqx.axes import leaf_name
+from llama4_eqx.checkpoints.bitsandbytes import with_bitsandbytes
 from llama4_eqx.checkpoints.compressed import with_compressed
-from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
+from llama4_eqx.checkpoints.errors import CheckpointError
+from llama4_eqx.checkpoints.fit import check, equal
 from llama4_eqx.checkpoints.folder_kinds import require_checkpoint
 from llama4_eqx.checkpoints.folder_replacement import recover
 from llama4_eqx.checkpoints.foreign import check_parts
 from llama4_eqx.checkpoints.generation_config import with_generation_ids
-from llama4_eqx.checkpoints.safetensors_io import DTYPES, Header, read_headers, reader
+from llama4_eqx.checkpoints.leaves import LeafPlan, as_stored, plain, rounded
+from llama4_eqx.checkpoints.safetensors_reading import Header, read_headers, slices
 from llama4_eqx.checkpoints.tensor_names import Tensor, tensors
 from llama4_eqx.checkpoints.tensor_spellings import (
     TEXT_PREFIX,
+    Single,
     Stored,
     find_tensors,
     is_vision,
-    view,
 )
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed.rules import RulesLike
 from llama4_eqx.distributed.sharding import shardings, with_mesh
-from llama4_eqx.layers.quantized import Quantized
+from llama4_eqx.layers.quantized import is_quantized
 from llama4_eqx.model import Llama4
 from llama4_eqx.quantization import Quantization
 from llama4_eqx.regraft import with_config
 
 T = TypeVar("T")
 _ATTEMPTS = 5
+AS_STORED = "as stored"
 
 
 def load_checkpoint(
@@ -58,7 +60,7 @@ def load_checkpoint(
     rules: RulesLike | None = None,
     make: Callable[[Llama4], Llama4] | None = None,
     config: Llama4Config | None = None,
-    quantize: Quantization | None = None,
+    quantize: Quantization | Literal["as stored"] | str | None = None,
     progress: bool | None = None,
 ) -> Llama4:
     """Reads a checkpoint folder, text-only or multimodal.
@@ -75,10 +77,14 @@ def load_checkpoint(
     head gives an untied model.
 
     Quantised weights of `compressed-tensors` (FP8 per tensor, channel or block, int8, and packed
-    integers in groups) are dequantised to the dtype of their scales, exactly as that library does
-    it. Activations aren't quantised here, whatever the checkpoint says of them.
+    integers in groups) and of `bitsandbytes` (nf4, fp4, int8) are dequantised to the dtype that
+    they were made from, exactly as those libraries do it. Activations aren't quantised here,
+    whatever the checkpoint says of them.
 
-    With `quantize=Quantization()`, weights become `Quantized` ones as they are read.
+    With `quantize=Quantization()`, weights become `Quantized` ones as they are read. With
+    `quantize="as stored"`, those of the decoder that `compressed-tensors` has stored, with scales
+    and without zero points, keep their very numbers; integers of other than four or eight bits
+    become int8, and all other weights are as without it.
 
     `make` is needed where `save_checkpoint` has stored parts of a user's own classes: it puts such
     parts into a model of the folder's config. With a `config`, the parameters that were loaded get
@@ -91,10 +97,12 @@ def load_checkpoint(
     anything is loaded, `FileNotFoundError` where files are missing, and `ValueError` for a mesh
     without rules or rules that don't fit it.
     """
-    if quantize is not None and (mesh is not None or config is not None):
+    if isinstance(quantize, str) and quantize != AS_STORED:
+        raise ValueError(f"quantize must be a Quantization or {AS_STORED!r}, not {quantize!r}.")
+    if quantize is not None and config is not None:
         raise ValueError(
-            "quantize= goes with neither a mesh nor another config: load, quantise with "
-            "llama4_eqx.quantize, and then shard."
+            "quantize= doesn't go with another config: load, then use llama4_eqx.with_config and "
+            "llama4_eqx.quantize."
         )
     if (mesh is None) != (rules is None):
         raise ValueError("A mesh and rules go together: pass both, or neither to load unsharded.")
@@ -127,7 +135,7 @@ def _load(
     mesh: Mesh | None,
     rules: RulesLike | None,
     make: Callable[[Llama4], Llama4] | None,
-    quantize: Quantization | None,
+    quantize: Quantization | str | None,
     progress: bool | None,
 ) -> Llama4:
     require_checkpoint(folder)
@@ -146,7 +154,7 @@ def _load(
             return is_vision(name)
         return config.vision_config is not None or not is_vision(name)
 
-    stored = with_compressed(read_headers(folder), folder)
+    stored = _quantized_weights(read_headers(folder), folder)
     headers = {name: header for name, header in stored.items() if selected(name)}
     shapes = _shapes(config, make)
     if part != "vision":
@@ -160,35 +168,39 @@ def _load(
     if config.text_config.tie_word_embeddings and head in found:
         if embedding not in found:
             found[embedding] = found[head]
-        elif not _equal(found[embedding], found[head]):
+        elif not equal(found[embedding], found[head]):
             text_config = dataclasses.replace(config.text_config, tie_word_embeddings=False)
             config = dataclasses.replace(config, text_config=text_config)
             shapes = _shapes(config, make)
             wanted = [t for t in tensors(shapes, text_prefix=prefix) if selected(t.name)]
-    dtypes = _check(wanted, found, problems, folder, dtype)
+    dtypes = check(wanted, found, problems, folder, dtype)
 
     shaped, structure = jax.tree.flatten(shapes)
-    leaves: list[Any] = list(shaped)
-    leaf_shardings: list[NamedSharding | None] = [None] * len(leaves)
+    plans = _plans(shapes, wanted, found, dtypes, quantize)
+    likes = [old if p is None else p.shapes for p, old in zip(plans, shaped, strict=True)]
+    placed: list[Any] = [None] * len(likes)
     if mesh is not None and rules is not None:
-        leaf_shardings = jax.tree.leaves(shardings(shapes, mesh, rules))
-    inputs = _quantized_inputs(shapes, quantize)
+        tree = shardings(jax.tree.unflatten(structure, likes), mesh, rules)
+        placed = jax.tree.leaves(tree, is_leaf=is_quantized)
+    leaves: list[Any] = [None] * len(likes)
     reading = _with_bar(_open(wanted, found), len(wanted), f"Loading {folder.name}", progress)
-    for tensor, source in reading:
-        i, layer, sharding = tensor.leaf, tensor.stack_index, leaf_shardings[tensor.leaf]
-        value = _read(source, tensor, sharding, DTYPES[found[tensor.name].dtype])
-        if i in inputs:
-            new = inputs[i](jnp.asarray(value, dtypes[i]), layer)
-            leaves[i] = _put_quantized(leaves[i], shaped[i].shape, layer, new)
-        elif layer is None:
-            leaves[i] = jnp.asarray(value, dtypes[i])
-        else:
-            if leaves[i] is shaped[i]:
-                leaves[i] = jnp.zeros(shaped[i].shape, dtypes[i], device=sharding)
-            put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
-            leaves[i] = put(leaves[i], layer, value)
+    for tensor, get_slice in reading:
+        i, plan = tensor.leaf, plans[tensor.leaf]
+        if plan is not None:
+            leaves[i] = plan.put(leaves[i], tensor, found[tensor.name], get_slice, placed[i])
+    leaves = [like if leaf is None else leaf for leaf, like in zip(leaves, likes, strict=True)]
     model = jax.tree.unflatten(structure, leaves)
     return model if mesh is None or rules is None else with_mesh(model, mesh, rules)
+
+
+def _quantized_weights(headers: dict[str, Header], folder: Path) -> Mapping[str, Single]:
+    """The tensors of a folder, with one thing in place of each quantised weight's parts."""
+    settings = hf_config.quantization(hf_config.read_config(folder))
+    if settings is None:
+        return headers
+    if settings["quant_method"] == "bitsandbytes":
+        return with_bitsandbytes(headers, folder)
+    return with_compressed(headers, settings, folder)
 
 
 def _shapes(config: Llama4Config, make: Callable[[Llama4], Llama4] | None) -> Llama4:
@@ -199,32 +211,31 @@ def _shapes(config: Llama4Config, make: Callable[[Llama4], Llama4] | None) -> Ll
     return eqx.filter_eval_shape(init, jax.random.key(0))
 
 
-def _quantized_inputs(
-    shapes: Llama4, quantize: Quantization | None
-) -> dict[int, Callable[[Array, int | None], Quantized]]:
-    """For each leaf to be quantised, what does so with it or with one of its layers."""
-    if quantize is None:
-        return {}
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+def _plans(
+    shapes: Llama4,
+    wanted: list[Tensor],
+    found: dict[str, Stored],
+    dtypes: dict[int, Any],
+    quantize: Quantization | str | None,
+) -> list[LeafPlan | None]:
+    """What each leaf is made of; None for those that aren't read."""
+    named = jax.tree_util.tree_leaves_with_path(shapes)
+    scheme = Quantization() if quantize == AS_STORED else quantize
+    inputs = {} if not isinstance(scheme, Quantization) else scheme.inputs(shapes)
+    tensors_of = defaultdict(list)
+    for tensor in wanted:
+        tensors_of[tensor.leaf].append((tensor, found[tensor.name]))
 
-    def convert(axes: tuple[int, ...]) -> Callable[[Array, int | None], Quantized]:
-        def of_layer(value: Array, layer: int | None) -> Quantized:
-            inputs = axes if layer is None else tuple(axis - 1 for axis in axes)
-            return jax.jit(partial(quantize.of, inputs=inputs))(value)
+    def plan(i: int, name: str, shape: tuple[int, ...]) -> LeafPlan | None:
+        if i not in dtypes:
+            return None
+        if name in inputs and quantize == AS_STORED:
+            return as_stored(shape, dtypes[i], tensors_of[i]) or plain(shape, dtypes[i])
+        if name in inputs and isinstance(scheme, Quantization):
+            return rounded(shape, dtypes[i], inputs[name], scheme)
+        return plain(shape, dtypes[i])
 
-        return of_layer
-
-    return {names.index(name): convert(axes) for name, axes in quantize.inputs(shapes).items()}
-
-
-def _put_quantized(old: Any, shape: tuple[int, ...], layer: int | None, new: Quantized) -> Any:
-    if layer is None:
-        return new
-    if not isinstance(old, Quantized):
-        depth = shape[0]
-        old = jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), new)
-    put = jax.jit(_put, donate_argnums=0)
-    return jax.tree.map(lambda stack, one: put(stack, layer, one), old, new)
+    return [plan(i, leaf_name(path), leaf.shape) for i, (path, leaf) in enumerate(named)]
 
 
 def _float_dtype(dtype: Any) -> Any:
@@ -251,99 +262,18 @@ def _is_content(name: str) -> bool:
     return name.endswith((".safetensors", ".json")) and not name.startswith(".")
 
 
-def _check(
-    wanted: list[Tensor],
-    found: dict[str, Stored],
-    problems: list[str],
-    folder: Path,
-    dtype: DTypeLike | None,
-) -> dict[int, Any]:
-    """The dtype of each leaf; raises one error with everything that doesn't fit."""
-    problems = [*problems, *_missing({tensor.name for tensor in wanted}, found)]
-    dtypes = {}
-    for tensor in wanted:
-        name = tensor.name
-        if name not in found:
-            continue
-        stored = found[name]
-        if stored.shape != tensor.shape:
-            problems.append(f"{name} has shape {stored.shape}, but must have {tensor.shape}")
-        if stored.dtype not in DTYPES:
-            problems.append(f"{name} is {stored.dtype}, but must be one of {', '.join(DTYPES)}")
-            continue
-        kind = DTYPES[stored.dtype] if dtype is None else dtype
-        if dtypes.setdefault(tensor.leaf, kind) != kind:
-            problems.append(f"{name} differs in dtype from other layers: pass dtype=")
-    if problems:
-        raise cannot_load(folder, problems)
-    return dtypes
-
-
-def _missing(names: set[str], found: dict[str, Stored]) -> list[str]:
-    for others, what, mend in (
-        ({n for n in names if is_vision(n)}, "vision encoder and projector", "text"),
-        ({n for n in names if not is_vision(n)}, "text decoder", "vision"),
-    ):
-        if others and not others & found.keys() and found:
-            return [f'all tensors of the {what} are missing: pass part="{mend}" to do without']
-    problems = []
-    for name in names - found.keys():
-        if name.endswith("lm_head.weight"):
-            problems.append(
-                f"{name} is missing, and config.json doesn't tie it to the embeddings: if they are "
-                "the same, set tie_word_embeddings to true there"
-            )
-        else:
-            problems.append(f"{name} is missing")
-    return problems
-
-
-def _equal(first: Stored, second: Stored) -> bool:
-    """Whether two matrices hold the same numbers, read a few rows at a time."""
-    if first.shape != second.shape or not {first.dtype, second.dtype} <= DTYPES.keys():
-        return False
-    with ExitStack() as stack:
-        views = [_view(stored, stack, {}) for stored in (first, second)]
-        rows, width = first.shape
-        step = max(1, 2**24 // max(width, 1))
-        pieces = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-        return all(np.array_equal(views[0][piece, :], views[1][piece, :]) for piece in pieces)
-
-
-def _open(wanted: list[Tensor], found: dict[str, Stored]) -> Iterator[tuple[Tensor, Any]]:
+def _open(
+    wanted: list[Tensor], found: dict[str, Stored]
+) -> Iterator[tuple[Tensor, Callable[[Header], Any]]]:
     def files(tensor: Tensor) -> tuple[Path, ...]:
         return found[tensor.name].files
 
     for _, contents in groupby(sorted(wanted, key=files), key=files):
         # A file is open only while it is read, so that the pages of those before can be let go.
         with ExitStack() as stack:
-            sources: dict[Path, Any] = {}
+            get_slice = slices(stack)
             for tensor in contents:
-                yield tensor, _view(found[tensor.name], stack, sources)
-
-
-def _view(stored: Stored, stack: ExitStack, sources: dict[Path, Any]) -> Any:
-    def get_slice(header: Header) -> Any:
-        if header.file not in sources:
-            sources[header.file] = stack.enter_context(safe_open(header.file, framework="numpy"))
-        return sources[header.file].get_slice(header.name)
-
-    return view(stored, get_slice)
-
-
-def _read(view: Any, tensor: Tensor, sharding: NamedSharding | None, dtype: Any) -> Any:
-    """The leaf, or its layer, sharded like the leaf; on the host without a sharding."""
-    read, shape = reader(view, tensor.axes, tensor.offset), tensor.shape_in_leaf
-    if sharding is None:
-        return read((slice(None),) * len(shape))
-    if tensor.stack_index is not None:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
-
-
-def _put(stack: Num[Array, "..."], layer: Int[Array, ""], value: Num[Array, "..."]) -> Array:
-    # `stack.at[layer].set(…)` would copy a bfloat16 stack on CPUs.
-    return lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, axis=0)
+                yield tensor, get_slice
 
 
 def _with_bar(items: Iterator[T], total: int, title: str, progress: bool | None) -> Iterable[T]:

@@ -19,9 +19,8 @@ from llama4_eqx.checkpoints.compressed_saving import (
 )
 from llama4_eqx.checkpoints.folder_replacement import Staging
 from llama4_eqx.checkpoints.foreign import FOREIGN_PARTS, parts_note
-from llama4_eqx.checkpoints.safetensors_io import (
-    INDEX,
-    SINGLE,
+from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE
+from llama4_eqx.checkpoints.safetensors_writing import (
     Entry,
     create_file,
     file_header,

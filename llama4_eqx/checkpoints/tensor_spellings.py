@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from llama4_eqx.checkpoints.bitsandbytes import EightBit, FourBit
 from llama4_eqx.checkpoints.compressed import Compressed
-from llama4_eqx.checkpoints.safetensors_io import Header
+from llama4_eqx.checkpoints.safetensors_reading import Header
 
 TEXT_PREFIX = "language_model."
 _THEIR_PREFIXES = ("", TEXT_PREFIX, "model.", "model.language_model.")
@@ -25,6 +26,10 @@ _EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(gate|up|down)_proj\.weight")
 _VISION = re.compile(r"(model\.)?(vision_model|multi_modal_projector)\.")
 
 
+# One in a file, or one made of quantised parts.
+Single = Header | Compressed | FourBit | EightBit
+
+
 @dataclass(frozen=True)
 class UnfusedExperts:
     """A tensor of all experts, stored as a transposed matrix for each.
@@ -32,7 +37,7 @@ class UnfusedExperts:
     `parts` are joined along the last axis: gate and up projections, or down projections alone.
     """
 
-    parts: tuple[tuple[Header | Compressed, ...], ...]
+    parts: tuple[tuple[Single, ...], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,10 +53,10 @@ class UnfusedExperts:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that hold a part of it."""
-        return tuple(sorted({file for part in self.parts for one in part for file in one.files}))
+        return tuple(sorted({file for one in singles(self) for file in one.files}))
 
 
-Stored = Header | Compressed | UnfusedExperts
+Stored = Single | UnfusedExperts
 
 
 class _JoinedExperts:
@@ -68,13 +73,18 @@ class _JoinedExperts:
         return np.stack([view[outputs, inputs].T for view in self._parts[number][experts]])
 
 
-def view(stored: Stored, get_slice: Callable[[Header], Any]) -> Any:
-    """What reads slices of the tensor; `get_slice` is safetensors', of the file of a header."""
-    if isinstance(stored, Header):
+def singles(stored: Stored) -> list[Single]:
+    """What a tensor is stored as."""
+    if isinstance(stored, UnfusedExperts):
+        return [one for part in stored.parts for one in part]
+    return [stored]
+
+
+def view(stored: Stored, get_slice: Callable[[Single], Any]) -> Any:
+    """What reads slices of the tensor, if `get_slice` gives what reads slices of its parts."""
+    if not isinstance(stored, UnfusedExperts):
         return get_slice(stored)
-    if isinstance(stored, Compressed):
-        return stored
-    parts = [[view(one, get_slice) for one in part] for part in stored.parts]
+    parts = [[get_slice(one) for one in part] for part in stored.parts]
     return _JoinedExperts(parts, stored.parts[0][0].shape[0])
 
 
@@ -84,7 +94,7 @@ def is_vision(name: str) -> bool:
 
 
 def find_tensors(
-    headers: Mapping[str, Header | Compressed], known: Mapping[str, tuple[int, ...]]
+    headers: Mapping[str, Single], known: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, Stored], list[str]]:
     """The tensors in the files under the names of `known`, and what is wrong with the others.
 
@@ -92,7 +102,7 @@ def find_tensors(
     """
     found: dict[str, Stored] = {}
     spelled: dict[str, str] = {}
-    experts: dict[str, dict[tuple[str, int], Header | Compressed]] = defaultdict(dict)
+    experts: dict[str, dict[tuple[str, int], Single]] = defaultdict(dict)
     problems = []
     for name, header in headers.items():
         match = _EXPERT.fullmatch(name)
@@ -133,7 +143,7 @@ def known_name(name: str, known: Mapping[str, Any]) -> str | None:
 
 
 def _check_experts(
-    whole: str, matrices: dict[tuple[str, int], Header | Compressed], shape: tuple[int, ...]
+    whole: str, matrices: dict[tuple[str, int], Single], shape: tuple[int, ...]
 ) -> list[str]:
     count, inputs, outputs = shape
     kinds = ("down",) if whole.endswith("down_proj") else ("gate", "up")

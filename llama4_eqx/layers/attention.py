@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -27,6 +26,7 @@ from llama4_eqx.layers.collectives import (
 )
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.cudnn import fits_cudnn
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.interfaces import SequenceMixer
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions

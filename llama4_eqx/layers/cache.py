@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma
 from llama4_eqx.layers.mask import TokenPositions
+from llama4_eqx.layers.quantized import LARGEST
 from llama4_eqx.run_time_checks import refuse_if
+
+# Of caches of few bits.
+_DTYPES = ("int8", "float8_e4m3fn")
 
 
 class CacheSpan(eqx.Module):
@@ -68,11 +72,14 @@ class KeysValues(eqx.Module):
 class LayerCache(eqx.Module):
     """One layer's ring of keys and values. Immutable: `update` returns another.
 
-    Inside `jax.shard_map` the slots may be sharded along mesh axes `axis_names`.
+    Those of few bits have a scale for each token and head. Inside `jax.shard_map` the slots may be
+    sharded along mesh axes `axis_names`.
     """
 
-    k: Float[Array, "*batch kv_heads slots head_dim"]
-    v: Float[Array, "*batch kv_heads slots head_dim"]
+    k: Num[Array, "*batch kv_heads slots head_dim"]
+    v: Num[Array, "*batch kv_heads slots head_dim"]
+    k_scale: Float[Array, "*batch kv_heads slots"] | None = None
+    v_scale: Float[Array, "*batch kv_heads slots"] | None = None
 
     @classmethod
     def empty(
@@ -87,6 +94,11 @@ class LayerCache(eqx.Module):
         """A cache that holds nothing."""
         shape = (*batch_shape, kv_heads, slots, head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def quantized(self, dtype: DTypeLike) -> "LayerCache":
+        """The same keys and values in int8 or float8."""
+        (k, k_scale), (v, v_scale) = (_rounded(x, dtype) for x in (self.k, self.v))
+        return LayerCache(k, v, k_scale, v_scale)
 
     @property
     def slots(self) -> int:
@@ -110,7 +122,10 @@ class LayerCache(eqx.Module):
 
         for _ in slot.shape[:-1]:
             put = jax.vmap(put)
-        return LayerCache(put(self.k, slot, new.k), put(self.v, slot, new.v))
+        stored = LayerCache(new.k, new.v)
+        if self.k_scale is not None:
+            stored = stored.quantized(self.k.dtype)
+        return jax.tree.map(lambda ring, new: put(ring, slot, new), self, stored)
 
     def read(
         self, start: Int[Array, "*batch"], end: Int[Array, "*batch"], axis_names: AxisNames = ()
@@ -122,7 +137,8 @@ class LayerCache(eqx.Module):
         positions = last - (last - slot) % self._total(axis_names)
         held = positions >= start[..., None]
         segments = jnp.where(held, 0, -1).astype(last.dtype)
-        return KeysValues(self.k, self.v, TokenPositions(jnp.where(held, positions, 0), segments))
+        k, v = _scaled(self.k, self.k_scale), _scaled(self.v, self.v_scale)
+        return KeysValues(k, v, TokenPositions(jnp.where(held, positions, 0), segments))
 
     def _total(self, axis_names: AxisNames) -> int:
         return self.slots * lax.axis_size(axis_names)
@@ -130,6 +146,24 @@ class LayerCache(eqx.Module):
     def _first_slot(self, axis_names: AxisNames) -> Int[Array, ""]:
         first = lax.axis_index(axis_names) * self.slots if axis_names else 0
         return jnp.asarray(first, jnp.int32)
+
+
+def _rounded(
+    x: Float[Array, "*shape head_dim"], dtype: DTypeLike
+) -> tuple[Num[Array, "*shape head_dim"], Float[Array, "*shape"]]:
+    """Numbers of few bits, and their scales in the dtype that they stand for."""
+    top = LARGEST[jnp.dtype(dtype).name]
+    largest = jnp.max(jnp.abs(x), axis=-1).astype(jnp.float32)
+    scale = jnp.where(largest == 0, 1, largest / top).astype(x.dtype)
+    numbers = jnp.clip(x.astype(jnp.float32) / scale[..., None].astype(jnp.float32), -top, top)
+    numbers = jnp.round(numbers) if jnp.issubdtype(dtype, jnp.integer) else numbers
+    return numbers.astype(dtype), scale
+
+
+def _scaled(
+    numbers: Num[Array, "*shape head_dim"], scale: Float[Array, "*shape"] | None
+) -> Float[Array, "*shape head_dim"]:
+    return numbers if scale is None else numbers.astype(scale.dtype) * scale[..., None]
 
 
 class KVCache(eqx.Module):
@@ -148,6 +182,27 @@ class KVCache(eqx.Module):
     length: Int[Array, "*batch"]
     capacity: int = eqx.field(static=True)
     stacked: tuple[bool, ...] = eqx.field(static=True)
+
+    def quantized(self, dtype: DTypeLike = jnp.int8) -> "KVCache":
+        """The cache with its keys and values in int8 or float8, each token's with a scale for each
+        head; what is stored later is rounded, too. Other layers' caches stay as they are."""
+        if jnp.dtype(dtype).name not in _DTYPES:
+            raise ValueError(f"A cache can be {' or '.join(_DTYPES)}, not {jnp.dtype(dtype).name}.")
+        if self.dtype is not None:
+            raise ValueError(f"The cache is {self.dtype} already.")
+
+        def convert(layer: PyTree) -> PyTree:
+            return layer.quantized(dtype) if isinstance(layer, LayerCache) else layer
+
+        blocks = tuple(tuple(map(convert, block)) for block in self.blocks)
+        return KVCache(blocks, self.start, self.length, self.capacity, self.stacked)
+
+    @property
+    def dtype(self) -> str | None:
+        """That of the numbers of a cache of few bits, else None."""
+        layers = (layer for block in self.blocks for layer in block)
+        few = (layer for layer in layers if getattr(layer, "k_scale", None) is not None)
+        return next((jnp.dtype(layer.k.dtype).name for layer in few), None)
 
     def take(self, rows: Sequence[int] | Int[ArrayLike, "... new"]) -> "KVCache":
         """The cache of these rows, which may repeat: numbers along the last batch axis, for each

@@ -107,10 +107,10 @@ def _row_by_row(activation: Activation, rows: Array, *weights_and_sizes: Any) ->
         own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, expert, keepdims=False), weight)
         if not isinstance(own, Quantized):
             return x @ own
-        if own.scale.shape[0] > 1:
+        if not own.scales_outputs(0):
             return x @ own.dequantized().astype(x.dtype)
         out = (x @ own.numbers.astype(x.dtype)).astype(jnp.float32)
-        return (out * own.scale[0]).astype(x.dtype)
+        return (out * own.scale[0].astype(out.dtype)).astype(x.dtype)
 
     def one(operand):
         row, expert = operand
@@ -128,8 +128,8 @@ def _of_quantized(
 ) -> Array:
     few = 4 * len(rows) <= len(sizes)
     on_gpu = _row_by_row if few else _with_plain_weights
-    in_groups = any(weight.scale.shape[1] > 1 for weight in weights)
-    elsewhere = _with_plain_weights if in_groups else quantized_ragged_mlp
+    scaled = all(weight.scales_outputs(1) for weight in weights)
+    elsewhere = quantized_ragged_mlp if scaled else _with_plain_weights
     forms = {"cpu": quantized_blocked_mlp, "cuda": on_gpu, "default": elsewhere}
     return by_platform(
         rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}

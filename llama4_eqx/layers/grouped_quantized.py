@@ -20,7 +20,9 @@ def quantized_ragged_mlp(
 
     def product(x: Array, weight: Quantized) -> Array:
         out = lax.ragged_dot(x, weight.numbers.astype(x.dtype), sizes)
-        return (out.astype(jnp.float32) * weight.scale[expert, 0]).astype(x.dtype)
+        return (out.astype(jnp.float32) * weight.scale[expert, 0].astype(jnp.float32)).astype(
+            x.dtype
+        )
 
     gate, up, down = weights
     x = jnp.where(has_expert(rows, sizes), rows, 0)
@@ -35,14 +37,14 @@ def quantized_blocked_mlp(
     block, _ = block_sizes(len(rows), len(sizes))
     block = max(block, LEAST_ROWS)
     in_int8 = all(
-        weight.numbers.dtype == jnp.int8 and weight.scale.shape[1] == 1 for weight in weights
+        weight.numbers.dtype == jnp.int8 and weight.scales_outputs(1) for weight in weights
     )
     wide = widen(rows, block)
     x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones_like(wide[:, :1]))
 
     def product(x: Array, scale: Array, weight: Quantized) -> Array:
         if in_int8:
-            return int8_dot(x, weight.numbers, 0) * scale * weight.scale
+            return int8_dot(x, weight.numbers, 0) * scale * weight.scale.astype(jnp.float32)
         return x @ weight.dequantized().astype(x.dtype)
 
     def visit(out, start, end, expert, own):

@@ -2,13 +2,13 @@
 
 import equinox as eqx
 import jax
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.layers.activation import Activation, gated_product, silu
 from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
 

@@ -6,7 +6,6 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -14,6 +13,7 @@ from llama4_eqx.layers.activation import Activation, silu
 from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP

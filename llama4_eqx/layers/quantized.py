@@ -67,6 +67,10 @@ class Quantized(eqx.Module):
         packed = None if self.packed is None else -3 - self.packed
         return Quantized(self.numbers.T, self.scale.T, self.dtype, packed)
 
+    def scales_outputs(self, inputs: int) -> bool:
+        """Whether a product over the axis `inputs` can convert the numbers and scale its output."""
+        return self.packed is None and self.scale.shape[inputs] == 1
+
     def plain_numbers(self) -> Num[Array, "..."]:
         """The numbers, one in each place."""
         return self.numbers if self.packed is None else _unpacked(self.numbers, self.packed)
@@ -112,11 +116,12 @@ def quantized(
     numbers = jnp.round(numbers) if jnp.issubdtype(dtype, jnp.integer) else numbers
     if in_pairs:
         packed = last - weight.ndim
-        return Quantized(_packed(numbers.astype(jnp.int8), packed), scale, weight.dtype, packed)
+        return Quantized(pack_pairs(numbers.astype(jnp.int8), packed), scale, weight.dtype, packed)
     return Quantized(numbers.astype(dtype), scale, weight.dtype)
 
 
-def _packed(numbers: Int[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+def pack_pairs(numbers: Int[Array, "..."], axis: int) -> UInt8[Array, "..."]:
+    """Numbers of four bits, two neighbours of the axis in a byte, the first in its lower half."""
     axis %= numbers.ndim
     pairs = numbers.reshape(*numbers.shape[:axis], -1, 2, *numbers.shape[axis + 1 :])
     low, high = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) & 15 for i in (0, 1))
@@ -166,15 +171,15 @@ def quantized_product(
 
     def by_cast(rows: Array, numbers: Array, scale: Array) -> Array:
         out = _dot(rows, numbers.astype(rows.dtype), 1)
-        return (out.astype(jnp.float32) * scale.T).astype(rows.dtype)
+        return (out.astype(jnp.float32) * scale).astype(rows.dtype)
 
     def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
         x, x_scale = int8_rows(rows)
-        return (int8_dot(x, numbers, 1) * x_scale * scale.T).astype(rows.dtype)
+        return (int8_dot(x, numbers, 1) * x_scale * scale).astype(rows.dtype)
 
-    if weight.scale.shape[1] > 1:
+    if not weight.scales_outputs(1):
         return _dot(rows, weight.dequantized().astype(rows.dtype), 1)
-    operands = rows, weight.numbers, weight.scale
+    operands = rows, weight.numbers, weight.scale.T.astype(jnp.float32)
     if weight.numbers.dtype != jnp.int8:
         return by_cast(*operands)
     return lax.platform_dependent(*operands, cpu=by_int8, default=by_cast)
@@ -186,9 +191,10 @@ def _product_forward(rows: Array, weight: Quantized) -> tuple[Array, Any]:
 
 def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
     like, weight = residuals
-    if weight.scale.shape[1] > 1:
+    if not weight.scales_outputs(1):
         return _dot(d_out, weight.dequantized().astype(like.dtype), 0), None
-    scaled = (d_out.astype(jnp.float32) * weight.scale.T).astype(like.dtype)
+    scale = weight.scale.T.astype(jnp.float32)
+    scaled = (d_out.astype(jnp.float32) * scale).astype(like.dtype)
     return _dot(scaled, weight.numbers.astype(like.dtype), 0), None
 
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.nn.initializers import normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.layers.dropout import dropout
+from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.remat import save_residual
 from llama4_eqx.layers.rope import Rotation, rope_frequencies

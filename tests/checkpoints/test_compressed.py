@@ -12,10 +12,13 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from jax.sharding import AxisType
 from safetensors.torch import save_file
 
 import llama4_eqx as l4
 from llama4_eqx.checkpoints.compressed import unpacked
+from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, shardings, unshard
+from llama4_eqx.layers.quantized import dequantized, is_quantized
 from tests.toys import MAVERICK, SCOUT, as_torch, random_tokens, reference_model, relative_error
 
 TOLERANCE = 2e-5
@@ -159,6 +162,83 @@ def test_scales_in_bfloat16_and_another_dtype(tmp_path):
     l4.save_checkpoint(model, tmp_path / "dense")
     again = l4.load_checkpoint(tmp_path / "dense")
     assert eqx.tree_equal(again, model)
+
+
+# What becomes of each kind, as numbers and groups of q_proj's inputs; None for no `Quantized`.
+KEPT = {
+    "fp8 channel": ("float8_e4m3fn", 1),
+    "fp8 tensor": ("float8_e4m3fn", 1),
+    "fp8 block": ("float8_e4m3fn", 2),
+    "int8 channel": ("int8", 1),
+    "int8 asymmetric": None,
+    "int4 groups": ("uint8", 4),
+    "int4 asymmetric": None,
+    "int4 channel": ("uint8", 1),
+    "int3 groups": ("int8", 2),
+    "int8 packed": ("int8", 2),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_as_stored_the_numbers_stay(name, tmp_path):
+    """Each weight stands for the very one that is dequantised; on a mesh, too."""
+    config = MAVERICK if name in ("fp8 channel", "int4 groups") else SCOUT
+    write(tmp_path / "model", reference_model(config), *WEIGHTS[name], dtype=torch.bfloat16)
+    whole = l4.load_checkpoint(tmp_path / "model", dtype=jnp.float32)
+    ours = l4.load_checkpoint(tmp_path / "model", quantize="as stored", dtype=jnp.float32)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dequantized(ours)):
+        truth = dict(jax.tree_util.tree_leaves_with_path(whole))[path]
+        np.testing.assert_array_equal(leaf, truth, err_msg=jax.tree_util.keystr(path))
+    weight = ours.decoder.blocks[0].layers[0].self_attn.q_proj
+    assert is_quantized(weight) == (KEPT[name] is not None)
+    if KEPT[name] is not None:
+        assert (weight.numbers.dtype, weight.scale.shape[-1]) == KEPT[name]
+        assert is_quantized(ours.decoder.blocks[-1].layers[-1].feed_forward.experts.down_proj)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
+    rules = FSDP | EXPERT_REPLICATED_TOKENS
+    sharded = l4.load_checkpoint(
+        tmp_path / "model", quantize="as stored", dtype=jnp.float32, mesh=mesh, rules=rules
+    )
+    assert eqx.tree_equal(unshard(sharded), ours)
+    for leaf, placed in zip(
+        jax.tree.leaves(eqx.filter(sharded, eqx.is_array)),
+        jax.tree.leaves(shardings(eqx.filter(ours, eqx.is_array), mesh, rules)),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+
+
+@pytest.mark.parametrize("name", ["fp8 tensor", "fp8 block", "int4 groups", "int4 channel"])
+def test_as_stored_the_logits_are_those_of_the_weights(name, tmp_path):
+    write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS[name])
+    model = l4.load_checkpoint(tmp_path / "model", quantize="as stored")
+    tokens = random_tokens(2, 20)
+    assert relative_error(logits(model, tokens), logits(dequantized(model), tokens)) < TOLERANCE
+
+
+def test_as_stored_is_saved_again(tmp_path):
+    write(tmp_path / "model", reference_model(MAVERICK), *WEIGHTS["int4 groups"])
+    model = l4.load_checkpoint(tmp_path / "model", quantize="as stored")
+    l4.save_checkpoint(model, tmp_path / "again")
+    assert eqx.tree_equal(l4.load_checkpoint(tmp_path / "again", quantize="as stored"), model)
+    with pytest.raises(ValueError, match="'as stored', not 'int4'"):
+        l4.load_checkpoint(tmp_path / "model", quantize="int4")
+
+
+def test_a_stack_of_two_kinds_is_dequantised(tmp_path):
+    """One layer's weights were left out of the quantisation; the others of its stack go along."""
+    from safetensors.torch import load_file
+
+    state = write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS["fp8 channel"])
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.q_proj"
+    tensors = load_file(file)
+    del tensors[f"{name}.weight_scale"]
+    tensors[f"{name}.weight"] = state[f"{name}.weight"]
+    save_file(tensors, file)
+    model = l4.load_checkpoint(tmp_path / "model", quantize="as stored")
+    attention = model.decoder.blocks[0].layers[0].self_attn
+    assert not is_quantized(attention.q_proj)
+    assert is_quantized(attention.k_proj)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llama4_eqx as l4
-from llama4_eqx.checkpoints.safetensors_io import SINGLE, read_headers
+from llama4_eqx.checkpoints.safetensors_reading import SINGLE, read_headers
 from tests.checkpoints.killed_save import tiny_model
 from tests.checkpoints.test_folders import json_values
 

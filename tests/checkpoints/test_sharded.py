@@ -17,7 +17,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import llama4_eqx as l4
-from llama4_eqx.checkpoints.safetensors_io import reader, write_part
+from llama4_eqx.checkpoints.safetensors_reading import reader
+from llama4_eqx.checkpoints.safetensors_writing import write_part
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, TENSOR, shardings
 from tests.toys import MULTIMODAL, SCOUT, TOYS
@@ -152,12 +153,13 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 import numpy as np
 import llama4_eqx as l4
-from llama4_eqx.checkpoints import hugging_face
+from llama4_eqx.checkpoints import safetensors_reading
 from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP
 
 read = 0
 class Slice:
     def __init__(self, view): self.view = view
+    def __getattr__(self, name): return getattr(self.view, name)
     def __getitem__(self, index):
         global read
         part = self.view[index]
@@ -168,9 +170,10 @@ class Opened:
     def __init__(self, *args, **options): self.source = checkpoint_open(*args, **options)
     def __enter__(self): self.source.__enter__(); return self
     def __exit__(self, *error): self.source.__exit__(*error)
+    def __getattr__(self, name): return getattr(self.source, name)
     def get_slice(self, name): return Slice(self.source.get_slice(name))
 
-checkpoint_open, hugging_face.safe_open = hugging_face.safe_open, Opened
+checkpoint_open, safetensors_reading.safe_open = safetensors_reading.safe_open, Opened
 def load(devices):
     devices = np.array(jax.devices())[np.array(devices).reshape(2, 4)]
     mesh = jax.sharding.Mesh(devices, ("fsdp", "expert"))

@@ -1,16 +1,14 @@
-"""Safetensors files: reading slices of tensors, and writing in parts from several processes."""
+"""Reading safetensors files: their headers, and slices of their tensors."""
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from io import BufferedIOBase
 from pathlib import Path, PurePath
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,9 +18,14 @@ from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
-# Of quantised weights, read by `compressed`.
-_NUMBERS = {"I8": jnp.int8, "F8_E4M3": jnp.float8_e4m3fn, "I32": np.int32, "I64": np.int64}
-_DTYPE_NAMES = {jnp.dtype(dtype): name for name, dtype in (DTYPES | _NUMBERS).items()}
+# Of the parts of quantised weights, which aren't parameters themselves.
+PART_DTYPES = {
+    "I8": jnp.int8,
+    "U8": jnp.uint8,
+    "I32": jnp.int32,
+    "I64": np.int64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+}
 Index = tuple[slice, ...]
 _LFS = b"version https://git-lfs"
 
@@ -42,24 +45,14 @@ class Header:
         return (self.file,)
 
 
-# Of quantised tensors, which aren't parameters themselves.
-_RAW_DTYPES = {
-    **DTYPES,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "I8": jnp.int8,
-    "I32": jnp.int32,
-    "I64": jnp.int64,
-    "U8": jnp.uint8,
-}
-
-
 def raw_tensor(header: Header) -> np.ndarray:
     """A tensor of any of these dtypes, mapped from its file and not read yet."""
-    if header.dtype not in _RAW_DTYPES:
+    dtypes = DTYPES | PART_DTYPES
+    if header.dtype not in dtypes:
         raise CheckpointError(f"{header.name} is {header.dtype}, which no quantised weight uses.")
     stat = header.file.stat()
     start = _starts(header.file, (stat.st_ino, stat.st_size, stat.st_mtime_ns))[header.name]
-    dtype = np.dtype(_RAW_DTYPES[header.dtype])
+    dtype = np.dtype(dtypes[header.dtype])
     if 0 in header.shape:
         return np.zeros(header.shape, dtype)
     return np.memmap(header.file, dtype, mode="r", offset=start, shape=header.shape)
@@ -164,6 +157,16 @@ def _headers(path: Path) -> list[Header] | str:
         return f"{name} is truncated or damaged ({error})"
 
 
+def slices(stack: ExitStack) -> Callable[[Header], Any]:
+    """What reads slices of a tensor, from files that stay open as long as the stack."""
+
+    @cache
+    def opened(file: Path) -> Any:
+        return stack.enter_context(safe_open(file, framework="numpy"))
+
+    return lambda header: opened(header.file).get_slice(header.name)
+
+
 def reader(
     view: Any, axes: Sequence[tuple[int, ...]], offset: int = 0
 ) -> Callable[[Any], np.ndarray]:
@@ -202,104 +205,3 @@ def _joined(view: Any, runs: list[list[slice]], fixed: Index = ()) -> np.ndarray
         return view[fixed]
     parts = [_joined(view, runs, (*fixed, run)) for run in runs[axis]]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def file_header(entries: list[Entry]) -> tuple[bytes, list[int]]:
-    """The header of a file that holds the tensors in this order, and each tensor's start in it.
-
-    Raises a `ValueError` for a dtype that `load_checkpoint` doesn't read.
-    """
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ends = np.cumsum([0, *(entry.size for entry in entries)]).tolist()
-    for entry, start, end in zip(entries, ends[:-1], ends[1:], strict=True):
-        if entry.dtype not in _DTYPE_NAMES:
-            known = ", ".join(jnp.dtype(dtype).name for dtype in DTYPES.values())
-            raise ValueError(
-                f"{entry.name} is {entry.dtype}, but must be one of {known}: cast the model before "
-                "saving."
-            )
-        dtype, shape = _DTYPE_NAMES[entry.dtype], entry.shape
-        content[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, [len(header) + start for start in ends[:-1]]
-
-
-def create_file(path: Path, header: bytes, size: int) -> None:
-    """Creates a file of `size` bytes that begins with the header; the rest is reserved.
-
-    Raises an `OSError` if the disk has no room for it.
-    """
-    with path.open("xb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        file.truncate(size)
-        file.write(header)
-
-
-def parts(leaf: Any, layer: int | None) -> list[tuple[Index, np.ndarray]]:
-    """The parts of an array, or of one layer of a stacked one, that this process writes, as
-    `(index, part)`. The processes' parts together are every element exactly once."""
-    found = []
-    for index, part in _shards(leaf):
-        index = tuple(slice(*at.indices(size)) for at, size in zip(index, leaf.shape, strict=True))
-        if layer is None:
-            found.append((index, np.asarray(part)))
-        elif index[0].start <= layer < index[0].stop:
-            found.append((index[1:], np.asarray(part[layer - index[0].start])))
-    return _merged(found)
-
-
-def _shards(leaf: Any) -> list[tuple[Index, Any]]:
-    if isinstance(leaf, jax.Array):
-        return [(s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
-    return [((slice(None),) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
-
-
-def _merged(found: list[tuple[Index, np.ndarray]]) -> list[tuple[Index, np.ndarray]]:
-    """One part instead of several that fill a box: its rows are longer, so fewer writes."""
-    if len(found) < 2:
-        return found
-    starts = np.array([[at.start for at in index] for index, _ in found])
-    stops = np.array([[at.stop for at in index] for index, _ in found])
-    first, last = starts.min(0), stops.max(0)
-    if math.prod(last - first) != sum(part.size for _, part in found):
-        return found
-    box = np.empty(last - first, found[0][1].dtype)
-    for start, stop, (_, part) in zip(starts - first, stops - first, found, strict=True):
-        box[tuple(map(slice, start, stop))] = part
-    return [(tuple(map(slice, first.tolist(), last.tolist())), box)]
-
-
-def write_part(
-    file: BufferedIOBase, start: int, shape: tuple[int, ...], index: Index, part: np.ndarray
-) -> None:
-    """Writes one of the `parts` of an array of that shape, which starts at byte `start`.
-
-    Writes only the part's own bytes and reads none, so processes on several machines can write to
-    one file on a network disk, which a memory map doesn't allow.
-    """
-    sharded = [axis for axis, size in enumerate(part.shape) if size != shape[axis]]
-    axis = sharded[-1] if sharded else 0
-    outer = [np.arange(at.start, at.stop) for at in index[:axis]]
-    rows = np.ravel_multi_index(np.ix_(*outer, [index[axis].start]), shape[: axis + 1]).ravel()
-    content = np.ascontiguousarray(part).reshape(-1).view(np.uint8).reshape(len(rows), -1)
-    step = math.prod(shape[axis + 1 :]) * part.dtype.itemsize
-    for row, run in zip(rows.tolist(), content, strict=True):
-        file.seek(start + row * step)
-        file.write(run.data)
