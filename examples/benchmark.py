@@ -2,7 +2,7 @@
 
     python examples/benchmark.py            # everything, about ten minutes
     python examples/benchmark.py decode     # or: forward train decode int8 vision experts length
-                                            # depth
+                                            # depth; llamacpp, if its library is installed
 
 Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
 the same run: matmul-bound work against the rate of one plain matrix product, decoding against the
@@ -308,8 +308,15 @@ def depth() -> None:
     )
 
 
+def llamacpp() -> None:
+    """Decoding against llama.cpp."""
+    import benchmark_llamacpp
+
+    benchmark_llamacpp.main()
+
+
 if __name__ == "__main__":
     parts = {f.__name__: f for f in (forward, train, decode, int8, vision, experts, length, depth)}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name in sys.argv[1:] or parts:
-        parts[name]()
+        (llamacpp if name == "llamacpp" else parts[name])()

@@ -48,11 +48,10 @@ SAVE_EVERY = 50
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     connect()
     tokenizer = byte_tokenizer()
-    texts = [topics[name] for name in sorted(topics)]
-    split = len(texts) * 9 // 10
-    seen, held_out = ("\n\n".join(part).encode() for part in (texts[:split], texts[split:]))
+    texts, tests = split_topics()
+    seen, held_out = ("\n\n".join(part).encode() for part in (texts, tests))
     print(f"{len(seen):,} bytes to read, {len(held_out):,} held out.")
-    documents = [document(tokenizer, text) for text in texts[:split]]
+    documents = [document(tokenizer, text) for text in texts]
 
     model = train(tokenizer, documents, steps, folder / "checkpoints")
     l4.save_checkpoint(model, folder / "model", overwrite=True)
@@ -70,6 +69,13 @@ def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     print(f"Saved to {folder / 'model'}; loading it back.\n")
     model, tokenizer = l4.load_checkpoint(folder / "model"), load_tokenizer(folder / "model")
     write(model, tokenizer, 'The "while" statement ')
+
+
+def split_topics() -> tuple[list[str], list[str]]:
+    """Python's help topics to learn from, and those held out."""
+    texts = [topics[name] for name in sorted(topics)]
+    split = len(texts) * 9 // 10
+    return texts[:split], texts[split:]
 
 
 def document(tokenizer: Tokenizer, text: str) -> Document:

@@ -265,6 +265,18 @@ def test_finetuning_the_digits_model(digits_folder, tmp_path):
     assert not eqx.tree_equal(new.decoder, old.decoder)
 
 
+@pytest.mark.xdist_group("digits")
+def test_quantize(digits_folder, tmp_path):
+    assert run("quantize.py", cwd=tmp_path).count("yet: run examples/") == 2
+    folder, _ = digits_folder
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport quantize\n"
+    said = python("-c", f"{code}quantize.main(batches=1)", cwd=folder).splitlines()
+    told = [line for line in said if line.startswith("digits")]
+    shares = [float(line.split("right, ")[1].split()[0]) for line in told[1:]]
+    assert [line.split()[1] for line in told] == ["float32", "int8", "int4"]
+    assert shares == [0.26, 0.17]  # (96 + 4) / 384, or so, and (12 + 4) / 96
+
+
 @pytest.fixture(scope="module")
 def facts_folder(tmp_path_factory):
     """Where the research examples find a model that knows the facts, after fewer steps."""
