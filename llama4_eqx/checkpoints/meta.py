@@ -1,14 +1,13 @@
 """Converting Meta's checkpoints, `params.json` and `consolidated.NN.pth`, to Hugging Face folders.
 
-Needs the extra `meta` (torch). The files are read by `torch.load(weights_only=True)`, which builds
-only tensors, and are memory-mapped.
+Needs the extra `meta` (torch, and what reads tokenizers). The files are read by
+`torch.load(weights_only=True)`, which builds only tensors, and are memory-mapped.
 """
 
 import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 
 from llama4_eqx.checkpoints.errors import CheckpointError, listed
 from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.meta_companions import number_of_ranks, write_companions
 from llama4_eqx.checkpoints.meta_tensors import converted
 from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
 
@@ -31,7 +31,8 @@ def convert_meta_checkpoint(
     `load_checkpoint` and `transformers`, and returns its config.
 
     Writes one file for each layer, so memory holds little more than one layer. `target` appears
-    when it is complete; the tokenizer is copied.
+    when it is complete. The tokenizer is copied, and written as `tokenizer.json`, too; a multimodal
+    model's settings for images have the values of the releases where Meta's files are silent.
 
     Raises `CheckpointError` for missing files and for tensors that it doesn't know or that don't
     fit each other, `params.json` or the tokenizer, `FileExistsError` for a target that exists, and
@@ -53,8 +54,7 @@ def convert_meta_checkpoint(
     try:
         staging = Staging(target)
         _write(config, shards, staging.path)
-        if (source / "tokenizer.model").is_file():
-            shutil.copy2(source / "tokenizer.model", staging.path)
+        write_companions(source, staging.path, config)
         staging.commit(check=lambda: _require_absent(target))
     except OSError as error:
         if isinstance(error, FileExistsError) and error.errno is None:
@@ -158,22 +158,13 @@ def _check_sizes(source: Path, config: Llama4Config, shards: Sequence[dict[str, 
                 f"{name} has {held} rows in the {len(shards)} consolidated.NN.pth of {source}, but "
                 f"params.json asks for {asked}: files are missing, or belong to another model."
             )
-    ranks = _number_of_ranks(source / "tokenizer.model")
+    ranks = number_of_ranks(source / "tokenizer.model")
     if ranks is not None and text.vocab_size < ranks:
         raise CheckpointError(
             f"tok_embeddings.weight has {text.vocab_size} rows in the {len(shards)} "
             f"consolidated.NN.pth of {source}, but tokenizer.model has {ranks} tokens: files are "
             "missing, or belong to another model."
         )
-
-
-def _number_of_ranks(path: Path) -> int | None:
-    """The tokens of a tiktoken file, a line each; None for another kind of file."""
-    if not path.is_file():
-        return None
-    lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
-    ranked = all(len(line) == 2 and line[1].isdigit() for line in lines)
-    return len(lines) if ranked else None
 
 
 def _config(source: Path, shard: dict[str, Any]) -> Llama4Config:

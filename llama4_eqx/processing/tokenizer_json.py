@@ -3,7 +3,7 @@
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from llama4_eqx.processing import special_tokens as names
 from llama4_eqx.processing.json_files import read_text
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Latin-1 character if that is visible, the other bytes as the characters from 256 on.
 _INVISIBLE = [*range(33), *range(127, 161), 173]
 _BYTE_OF = {256 + i: byte for i, byte in enumerate(_INVISIBLE)}
+CHARACTER_OF = {byte: chr(character) for character, byte in _BYTE_OF.items()}
 
 
 @final
@@ -42,7 +43,7 @@ class JsonTokenizer(Tokenizer):
     @classmethod
     def read(cls, path: Path) -> "JsonTokenizer":
         """From a file of this kind."""
-        library, text = _tokenizers(), read_text(path)
+        library, text = tokenizers_library(), read_text(path)
         try:
             backend = library.Tokenizer.from_str(text)
         except Exception as error:  # `tokenizers` raises nothing more specific
@@ -69,7 +70,7 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def _backend_with_specials(self) -> "tokenizers.Tokenizer":
         # A second one, as a flag that is switched for each call is not safe among threads.
-        return _tokenizers().Tokenizer.from_str(self._backend.to_str())
+        return tokenizers_library().Tokenizer.from_str(self._backend.to_str())
 
     def _encode_ordinary(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -80,7 +81,8 @@ class JsonTokenizer(Tokenizer):
         return self._backend_with_specials.encode(text, add_special_tokens=False).ids
 
 
-def _tokenizers():
+def tokenizers_library() -> Any:
+    """The package `tokenizers`."""
     try:
         import tokenizers
     except ImportError as error:
@@ -93,9 +95,9 @@ def _tokenizers():
 def byte_tokenizer() -> JsonTokenizer:
     """For models trained from scratch: the 256 bytes as ids 0 to 255, then the special tokens of
     documents and turns, of tool calls and of images."""
-    library = _tokenizers()
+    library = tokenizers_library()
     ids = {chr(byte): byte for byte in range(256) if byte not in _INVISIBLE}
-    ids |= {chr(character): byte for character, byte in _BYTE_OF.items()}
+    ids |= {character: byte for byte, character in CHARACTER_OF.items()}
     backend = library.Tokenizer(library.models.BPE(vocab=ids, merges=[]))
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False

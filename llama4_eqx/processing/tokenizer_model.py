@@ -47,8 +47,10 @@ class TiktokenTokenizer(Tokenizer):
     A file that was cut short between two lines would still be readable, with every special token
     at a wrong id. So its size must be known: it is the released file, by its SHA-256; or
     `vocab_size`, which counts the special tokens, is given or stands in the config.json (Meta's
-    params.json) beside it.
+    params.json) beside it. `ranks` has the file's tokens, by their bytes.
     """
+
+    ranks: dict[bytes, int]
 
     def __init__(self, path: Path, *, vocab_size: int | None = None):
         try:
@@ -62,6 +64,7 @@ class TiktokenTokenizer(Tokenizer):
         specials = llama4_specials(len(ranks))
         vocabulary = {rank: token for token, rank in ranks.items()}
         super().__init__(vocabulary | {i: name.encode() for name, i in specials.items()}, specials)
+        self.ranks = ranks
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )

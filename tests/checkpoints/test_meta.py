@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import llama4_eqx as l4
 from llama4_eqx.checkpoints import convert_meta_checkpoint
 from llama4_eqx.checkpoints import meta as checkpoints_meta
+from llama4_eqx.processing import ImageProcessor, load_tokenizer
+from llama4_eqx.processing.tokenizer_json import JsonTokenizer
 from tests.toys import random_tokens, relative_error
 
 pytestmark = pytest.mark.slow
@@ -272,6 +275,40 @@ def test_a_tokenizer_larger_than_the_vocabulary(meta, tmp_path):
         convert_meta_checkpoint(source, tmp_path / "hf")
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")  # another kind of file
     assert convert_meta_checkpoint(source, tmp_path / "hf").text_config.vocab_size == 64
+
+
+def test_the_files_beside_the_weights(meta, tmp_path):
+    """The tokenizer in both forms and the images' settings, for us and for `transformers`."""
+    rows = 256 + 2 + 2048
+    wide = ("tok_embeddings.weight", "output.weight")
+    state = {
+        n: torch.randn(rows, 64) if n in wide else t for n, t in meta.model.state_dict().items()
+    }
+    source = save(
+        tmp_path / "meta", [state], PARAMS | {"vocab_size": rows, "vision_args": VISION_ARGS}
+    )
+    tokens = [*(bytes([i]) for i in range(256)), b"th", b"the"]
+    ranks = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    (source / "tokenizer.model").write_text("".join(ranks))
+    config = convert_meta_checkpoint(source, tmp_path / "hf")
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    assert isinstance(tokenizer, JsonTokenizer)
+    assert tokenizer.encode("the thé") == [257, *b" ", 256, *"é".encode()]
+    assert tokenizer.vocab_size == config.text_config.vocab_size
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.encode("the") == [tokenizer.bos_id, 257]
+    assert theirs.eos_token_id == tokenizer.token_id("<|eot|>")
+    assert ImageProcessor.from_folder(tmp_path / "hf") == ImageProcessor(
+        28, 7, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    images = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert (images.size["height"], images.max_patches) == (28, 16)
+
+    text = (source / "tokenizer.model").read_text()
+    (source / "tokenizer.model").write_text(text.replace("dGhl 257", "dGhl 258"))
+    with pytest.raises(l4.CheckpointError, match="line 258: must be base64"):
+        convert_meta_checkpoint(source, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(("gone", "named"), [(0, "00"), (1, "01"), (2, "02")])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from llama4_eqx.processing.special_tokens import llama4_specials
+from llama4_eqx.processing.tokenizer_conversion import as_json
 from llama4_eqx.processing.tokenizer_json import JsonTokenizer
 from llama4_eqx.processing.tokenizer_model import SPLIT_PATTERN
 
@@ -206,6 +207,42 @@ def test_json_reads_as_transformers_does(pair, text):
     )
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
+
+
+@pytest.fixture(scope="session")
+def converted(released, tmp_path_factory):
+    """The released vocabulary, written as a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("converted")
+    as_json(released).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_converted_encodes_as_before(converted, released, text):
+    ours = load_tokenizer(converted)
+    assert (ours.vocab_size, ours.stop_ids) == (released.vocab_size, released.stop_ids)
+    for special in (False, True):
+        assert ours.encode(text, special=special) == released.encode(text, special=special)
+
+
+@thorough
+@given(parts=st.lists(st.text("aab bcex é\n") | st.lists(st.integers(0, 199_999)), max_size=4))
+def test_converted_merges_in_the_same_order(converted_pair, parts):
+    """Texts of few letters, and of parts of tokens, which can be merged in many ways."""
+    ours, released = converted_pair
+    text = "".join(part if isinstance(part, str) else released.decode(part) for part in parts)
+    assert ours.encode(text) == released.encode(text)
+
+
+@pytest.fixture(scope="session")
+def converted_pair(converted, released):
+    return load_tokenizer(converted), released
+
+
+def test_transformers_opens_what_was_converted(converted, released):
+    theirs = transformers.AutoTokenizer.from_pretrained(converted)
+    text = "Ünïcode 中文 <|eot|> 12345\n\tx"
+    assert theirs.encode(text) == [released.bos_id, *released.encode(text, special=True)]
 
 
 def test_saved_bytes_are_read_by_auto_tokenizer(tmp_path):
