@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gguf
+import gguf  # pyright: ignore[reportMissingImports]
 import jax
 import jax.numpy as jnp
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 import llama4_eqx as l4
