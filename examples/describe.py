@@ -43,9 +43,12 @@ def main() -> None:
     vision = l4.Llama4Config.from_hf(options.folder).vision_config
     if vision is None:
         parser.error(f"{options.folder} holds a text-only model, which sees no pictures")
-    image_processor = ImageProcessor(
-        vision.image_size, vision.patch_size, vision.pixel_shuffle_ratio
-    )
+    try:
+        image_processor = ImageProcessor.from_folder(options.folder)
+    except FileNotFoundError:  # the settings of the releases, for tiles of this model's size
+        image_processor = ImageProcessor(
+            vision.image_size, vision.patch_size, vision.pixel_shuffle_ratio
+        )
     TILES.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(options.pictures, start=1):
         file = TILES / f"tiles-{i}.png"

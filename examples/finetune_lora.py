@@ -18,6 +18,7 @@ from digits import Digits, Example, ask, collate, load_split, loss_function, pic
 from tqdm import tqdm
 
 import llama4_eqx as l4
+from llama4_eqx.checkpoints import require_writable
 from llama4_eqx.processing import byte_tokenizer
 from llama4_eqx.processing.tokenizer import Tokenizer
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, select
@@ -32,6 +33,7 @@ def main(steps: int = STEPS, folder: Path = FOLDER, digits_folder: Path = DIGITS
     if not (digits_folder / "model").is_dir():
         print(f"There is no {digits_folder / 'model'} yet: run examples/train_digits.py first.")
         return
+    require_writable(folder / "model")
     model = l4.load_checkpoint(digits_folder / "model")
     tokenizer = byte_tokenizer()
     seen, held_out = load_split()

@@ -26,7 +26,7 @@ from jax.sharding import AxisType
 from tqdm import tqdm
 
 import llama4_eqx as l4
-from llama4_eqx.checkpoints import TrainCheckpointer
+from llama4_eqx.checkpoints import TrainCheckpointer, require_writable
 from llama4_eqx.distributed import (
     FSDP,
     batch_sharding,
@@ -47,6 +47,7 @@ SAVE_EVERY = 50
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     connect()
+    require_writable(folder / "model")
     tokenizer = byte_tokenizer()
     texts, tests = split_topics()
     seen, held_out = ("\n\n".join(part).encode() for part in (texts, tests))

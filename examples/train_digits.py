@@ -37,6 +37,7 @@ from optax.contrib import muon
 from tqdm import tqdm
 
 import llama4_eqx as l4
+from llama4_eqx.checkpoints import require_writable
 from llama4_eqx.distributed import DATA, connect, device_put_global, shard, unshard
 from llama4_eqx.processing import byte_tokenizer, load_tokenizer
 from llama4_eqx.processing.tokenizer import IMAGE_END, IMAGE_START, PATCH, Tokenizer
@@ -59,6 +60,7 @@ TEST_BATCHES = 8
 
 def main(steps: int = STEPS, folder: Path = FOLDER) -> None:
     connect()
+    require_writable(folder / "model")
     tokenizer = byte_tokenizer()
     seen, held_out = load_split()
     print(f"{len(seen.values):,} digits to learn from, {HELD_OUT} held out.")

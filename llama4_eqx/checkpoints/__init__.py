@@ -15,3 +15,4 @@ from llama4_eqx.checkpoints.meta import convert_meta_checkpoint as convert_meta_
 from llama4_eqx.checkpoints.saving import save_checkpoint as save_checkpoint
 from llama4_eqx.checkpoints.training_run import Checkpointable as Checkpointable
 from llama4_eqx.checkpoints.training_run import TrainCheckpointer as TrainCheckpointer
+from llama4_eqx.checkpoints.writable import require_writable as require_writable

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import transformers
 
 import llama4_eqx as l4
-from llama4_eqx.checkpoints import folder_replacement, saving
+from llama4_eqx.checkpoints import folder_replacement, require_writable, saving
 from llama4_eqx.checkpoints.folder_replacement import Staging, recover
 from tests.checkpoints.killed_save import no_exchange, tiny_model
 
@@ -359,3 +360,35 @@ def test_errors_keep_their_number_and_cause(tmp_path):
     for size in (0, -1, float("nan"), "5GB"):
         with pytest.raises(ValueError, match="max_shard_bytes must be a positive number"):
             l4.save_checkpoint(tiny_model(1.0), tmp_path / "model", max_shard_bytes=size)
+
+
+def test_what_is_in_the_way_is_told_before_a_run(tmp_path):
+    require_writable(tmp_path / "runs" / "model")
+    assert os.listdir(tmp_path / "runs") == []
+    old = tmp_path / "old"
+    l4.save_checkpoint(tiny_model(1), old)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    require_writable(old)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "model", Path("/proc/nothing/model")):
+        with pytest.raises(OSError, match=f"Nothing can be saved in {folder}: .* before the run"):
+            require_writable(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            require_writable(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == ["file", "old", "runs"]
+
+
+def test_examples_ask_before_they_train(tmp_path, monkeypatch):
+    examples = Path(__file__).parents[2] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    (tmp_path / "file").write_text("")
+    for name in ("train_digits", "pretrain_text"):
+        example = runpy.run_path(str(examples / f"{name}.py"))
+        with pytest.raises(OSError, match="Choose another folder"):
+            example["main"](folder=tmp_path / "file")
