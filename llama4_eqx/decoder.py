@@ -14,13 +14,15 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from llama4_eqx.config import TextConfig
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.layers.collectives import MeshAxes
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.lowrank import merged
-from llama4_eqx.layers.moe import Experts
+from llama4_eqx.layers.moe import Experts, experts_weights
 from llama4_eqx.layers.norm import RMSNorm
 from llama4_eqx.layers.probe import LayerNumber
 from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import RotaryEmbedding
+from llama4_eqx.layers.scanned import ScannedWeight
 from llama4_eqx.layers.sites import Readings, concatenated, in_layer_order
 
 
@@ -62,14 +64,18 @@ class DecoderBlock(eqx.Module):
             )
             return x, caches, in_layer_order(jax.tree.map(lambda value: value[None], cycle))
         arrays, static = eqx.partition(self.layers, eqx.is_array)
+        # To read a few tokens, experts stay in their stack, of which a step would copy all.
+        decodes = caches is not None and context.execution.mesh_axes == MeshAxes()
+        stacks, arrays = eqx.partition(arrays, experts_weights(self.layers) if decodes else False)
         keys = None if key is None else jax.random.split(key, self.repeats)
         probe = context.execution.sites.probe
 
         # Caches are carried, and so updated in place; as outputs of the scan they'd be copied.
         def step(carry, repeat):
             (x, caches), (i, arrays, key) = carry, repeat
+            experts = jax.tree.map(lambda stack: ScannedWeight(stack, i), stacks)
             x, new, cycle = self._run_cycle(
-                eqx.combine(arrays, static),
+                eqx.combine(arrays, static, experts),
                 x,
                 context,
                 jax.tree.map(lambda all: all[i], caches),

@@ -25,14 +25,22 @@ def blocked_mlp(
     activation: Activation, rows: Array, gate: Array, up: Array, down: Array, sizes: Array
 ) -> Array:
     """See `grouped.grouped_mlp`."""
-    return _forward(activation, rows, gate, up, down, sizes, save_inner=False)[0]
+    return blocked_forward(activation, rows, (gate, up, down), sizes)
+
+
+def blocked_forward(
+    activation: Activation, rows: Array, weights: tuple[Any, Any, Any], sizes: Array
+) -> Array:
+    """`blocked_mlp`, without a derivative; each of the weights may be a `ScannedWeight`."""
+    return _forward(activation, rows, *weights, sizes, save_inner=False)[0]
 
 
 def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
     block, spare = block_sizes(rows.shape[0], sizes.shape[0])
     x = widen(rows, spare)
-    inner = jnp.zeros_like(x, shape=(x.shape[0], gate.shape[-1]))
-    inner = (inner, inner) if save_inner else ()
+    inner = ()
+    if save_inner:
+        inner = (jnp.zeros_like(x, shape=(x.shape[0], gate.shape[-1])),) * 2
 
     def visit(state, start, end, expert, weights):
         out, inner = state
@@ -137,4 +145,5 @@ def visit_blocks(
 
 
 def _own(weight: Any, expert: Int[Array, ""]) -> Any:
-    return weight[expert] if isinstance(weight, Quantized) else weight[expert].astype(_wide(weight))
+    own = weight[expert]
+    return own if isinstance(own, Quantized) else own.astype(_wide(own))

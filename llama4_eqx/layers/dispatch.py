@@ -16,6 +16,7 @@ from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma, psum_o
 from llama4_eqx.layers.grouped import grouped_mlp
 from llama4_eqx.layers.quantized import Quantized, is_quantized
 from llama4_eqx.layers.remat import save_residual
+from llama4_eqx.layers.scanned import ScannedWeight
 from llama4_eqx.layers.unstacked import UnstackedWeight
 
 CAPACITY_FACTOR = 1.5
@@ -26,9 +27,9 @@ def routed_experts(
     x: Float[Array, "tokens hidden"],
     router_weights: Float[Array, "tokens top_k"],
     expert_ids: Int[Array, "tokens top_k"],
-    gate_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
-    up_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
-    down_proj: Float[Array, "experts ff hidden"] | Quantized | UnstackedWeight,
+    gate_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight | ScannedWeight,
+    up_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight | ScannedWeight,
+    down_proj: Float[Array, "experts ff hidden"] | Quantized | UnstackedWeight | ScannedWeight,
     mesh_axes: MeshAxes,
     backend: ExpertsBackend | None = None,
     activation: Activation = silu,
@@ -68,7 +69,7 @@ class _Form(NamedTuple):
 
 
 # The experts' gate, up and down projections.
-_Weight = Array | Quantized | UnstackedWeight
+_Weight = Array | Quantized | UnstackedWeight | ScannedWeight
 _Weights = tuple[_Weight, _Weight, _Weight]
 
 

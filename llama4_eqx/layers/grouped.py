@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, cast, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.activation import Activation, gated_product, silu
 from llama4_eqx.layers.backends import ExpertsBackend, check_backend
-from llama4_eqx.layers.blocked import block_sizes, blocked_mlp
+from llama4_eqx.layers.blocked import block_sizes, blocked_forward, blocked_mlp
 from llama4_eqx.layers.grouped_products import HOPPER, MEGABLOX, RAGGED, mlp_by_products
 from llama4_eqx.layers.grouped_quantized import (
     QuantizedWeights,
@@ -21,14 +22,15 @@ from llama4_eqx.layers.hopper import fits_hopper, has_hopper
 from llama4_eqx.layers.megablox import fits_megablox
 from llama4_eqx.layers.platforms import by_platform, may_run_on
 from llama4_eqx.layers.quantized import Quantized, is_quantized, plain_weight
-from llama4_eqx.layers.unstacked import UnstackedWeight, Weights, any_quantized, unstacked_mlp
+from llama4_eqx.layers.scanned import ScannedWeight
+from llama4_eqx.layers.unstacked import UnstackedWeight, unstacked_mlp
 
 
 def grouped_mlp(
     rows: Float[Array, "tokens hidden"],
-    gate_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
-    up_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight,
-    down_proj: Float[Array, "experts ff hidden"] | Quantized | UnstackedWeight,
+    gate_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight | ScannedWeight,
+    up_proj: Float[Array, "experts hidden ff"] | Quantized | UnstackedWeight | ScannedWeight,
+    down_proj: Float[Array, "experts ff hidden"] | Quantized | UnstackedWeight | ScannedWeight,
     group_sizes: Int[Array, "experts"],
     *,
     activation: Activation = silu,
@@ -52,13 +54,13 @@ def grouped_mlp(
 
     Quantised weights go through a loop of their own on CPUs, through a ragged product of the
     converted numbers on TPUs, and are dequantised for many rows on GPUs or with a `backend`.
-    Unstacked weights are used as they are on CPUs, and stacked elsewhere or with a `backend`.
+    Unstacked weights, and those of a scan, are used as they are on CPUs, and each layer's are
+    stacked elsewhere or with a `backend`.
     """
     check_backend(backend, get_args(ExpertsBackend), "experts")
     weights = gate_proj, up_proj, down_proj
-    if all(isinstance(weight, UnstackedWeight) for weight in weights):
-        of_weights = partial(_of_unstacked, activation, backend)
-        return of_weights(rows, cast(Weights, weights), group_sizes)
+    if all(isinstance(weight, UnstackedWeight | ScannedWeight) for weight in weights):
+        return _of_parts(activation, backend, rows, cast(_Parts, weights), group_sizes)
     if backend is None and all(isinstance(weight, Quantized) for weight in weights):
         return _of_quantized(activation, rows, cast(QuantizedWeights, weights), group_sizes)
     gate, up, down = (plain_weight(cast(Array | Quantized, weight)) for weight in weights)
@@ -156,18 +158,24 @@ def _with_plain_weights(
     return grouped_mlp(rows, gate, up, down, sizes, activation=activation)
 
 
+_Part = UnstackedWeight | ScannedWeight
+_Parts = tuple[_Part, _Part, _Part]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_unstacked(
+def _of_parts(
     activation: Activation,
     backend: ExpertsBackend | None,
     rows: Array,
-    weights: Weights,
+    weights: _Parts,
     sizes: Array,
 ) -> Array:
     forms = {"default": partial(_of_stacked, activation, backend)}
     if backend is None:
         block, _ = block_sizes(len(rows), len(sizes))
-        forms["cpu"] = partial(unstacked_mlp, activation, block)
+        unstacked = all(isinstance(weight, UnstackedWeight) for weight in weights)
+        on_cpu = partial(unstacked_mlp, activation, block)
+        forms["cpu"] = on_cpu if unstacked else partial(blocked_forward, activation)
     return by_platform(rows, weights, sizes, **forms)
 
 
@@ -175,28 +183,31 @@ def _of_stacked(
     activation: Activation,
     backend: ExpertsBackend | None,
     rows: Array,
-    weights: Weights,
+    weights: _Parts,
     sizes: Array,
 ) -> Array:
     gate, up, down = (weight.stacked() for weight in weights)
     return grouped_mlp(rows, gate, up, down, sizes, activation=activation, backend=backend)
 
 
-def _unstacked_forward(activation, backend, rows, weights, sizes):
-    return _of_unstacked(activation, backend, rows, weights, sizes), (rows, weights, sizes)
+def _parts_forward(activation, backend, rows, weights, sizes):
+    return _of_parts(activation, backend, rows, weights, sizes), (rows, weights, sizes)
 
 
-def _unstacked_backward(activation, backend, residuals, d_out):
+def _parts_backward(activation, backend, residuals, d_out):
     rows, weights, sizes = residuals
     run = partial(_of_stacked, activation, backend)
-    if any_quantized(weights):
+    if any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized))):
         _, vjp = jax.vjp(lambda rows: run(rows, weights, sizes), rows)
         return *vjp(d_out), None, None
-    _, vjp = jax.vjp(lambda rows, weights: run(rows, weights, sizes), rows, weights)
+    differentiated, rest = eqx.partition(weights, eqx.is_inexact_array)
+    _, vjp = jax.vjp(
+        lambda rows, weights: run(rows, eqx.combine(weights, rest), sizes), rows, differentiated
+    )
     return *vjp(d_out), None
 
 
-_of_unstacked.defvjp(_unstacked_forward, _unstacked_backward)
+_of_parts.defvjp(_parts_forward, _parts_backward)
 
 _ragged = partial(mlp_by_products, RAGGED)
 _hopper = partial(mlp_by_products, HOPPER)

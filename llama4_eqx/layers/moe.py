@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.layers.activation import Activation, silu
 from llama4_eqx.layers.collectives import psum_over, pvary
@@ -73,12 +73,7 @@ class Experts(eqx.Module):
 
     def unstacked(self) -> "Experts":
         """The same experts with each one's weights as separate arrays; see `UnstackedWeight`."""
-        weights = self.gate_proj, self.up_proj, self.down_proj
-        return eqx.tree_at(
-            lambda experts: (experts.gate_proj, experts.up_proj, experts.down_proj),
-            self,
-            tuple(map(unstacked_weight, weights)),
-        )
+        return eqx.tree_at(_weights, self, tuple(map(unstacked_weight, _weights(self))))
 
 
 class MoE(FeedForward):
@@ -159,3 +154,24 @@ def top_k_experts(
     if expert_bias is not None:
         ranked = score(router_logits.astype(jnp.float32)) + expert_bias
     return jax.lax.top_k(ranked, top_k)[1]
+
+
+def experts_weights(tree: PyTree) -> PyTree:
+    """True at the arrays of experts that nothing but `Experts` uses, False at all others."""
+
+    def is_moe(node: PyTree) -> bool:
+        return isinstance(node, MoE)
+
+    def mark(node: PyTree) -> PyTree:
+        nowhere = jax.tree.map(lambda _: False, node)
+        if type(node) is not MoE or type(node.experts) is not Experts:
+            return nowhere
+        if not all(map(eqx.is_array, _weights(node.experts))):
+            return nowhere
+        return eqx.tree_at(lambda moe: _weights(moe.experts), nowhere, (True,) * 3)
+
+    return jax.tree.map(mark, tree, is_leaf=is_moe)
+
+
+def _weights(experts: Experts) -> tuple[PyTree, PyTree, PyTree]:
+    return experts.gate_proj, experts.up_proj, experts.down_proj

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.linear import linear
-from llama4_eqx.layers.quantized import Quantized, is_quantized
+from llama4_eqx.layers.quantized import Quantized
 
 
 class UnstackedWeight(eqx.Module):
@@ -91,8 +91,3 @@ _Matrices = tuple[Any, Any, Any]
 def _mlp(activation: Activation, own: _Matrices, x: Array) -> Array:
     gate, up, down = own
     return linear(gated_product(activation, linear(x, gate), linear(x, up)), down)
-
-
-def any_quantized(weights: Weights) -> bool:
-    """Whether some of the matrices are of few bits."""
-    return any(is_quantized(one) for weight in weights for one in weight.experts)
