@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llama4_eqx.run_time_checks import refuse_if
 
@@ -22,8 +22,18 @@ class SupportsArray(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-TokenIds = Int[Array, "*batch seq"] | Int[np.ndarray, "*batch seq"] | list | tuple | SupportsArray
-"""Token ids as JAX's, NumPy's or torch's integers, or as (nested) lists of numbers."""
+_Other = list | tuple | SupportsArray
+TokenIds = Int[Array, "*batch seq"] | Int[np.ndarray, "*batch seq"] | _Other
+"""Token ids, positions or segment ids as JAX's, NumPy's or torch's integers, or as (nested) lists
+of numbers."""
+Mask = Bool[Array, "*batch seq"] | Bool[np.ndarray, "*batch seq"] | _Other
+"""A mask in any of these forms."""
+Pixels = (
+    Float[Array, "tiles channels height width"]
+    | Float[np.ndarray, "tiles channels height width"]
+    | SupportsArray
+)
+"""Tiles as JAX's, NumPy's or torch's floats."""
 
 
 def token_ids(tokens: Any, vocab: int) -> Int[Array, "*batch seq"]:
@@ -32,17 +42,7 @@ def token_ids(tokens: Any, vocab: int) -> Int[Array, "*batch seq"]:
     Raises a `ValueError` for anything but integers, and for an id outside the vocabulary: at once
     where the values are known, at run time under `jit`.
     """
-    if not isinstance(tokens, jax.Array):
-        kind = type(tokens).__name__
-        try:
-            tokens = np.asarray(tokens)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"tokens must be an array of ids, or lists of equal lengths, but are a {kind} that "
-                f"is none ({error}): pad rows of different lengths and pass a mask."
-            ) from error
-        if tokens.size == 0 and tokens.dtype == np.float64:  # an empty list
-            tokens = tokens.astype(np.int32)
+    tokens = _as_array("tokens", tokens, "ids", "pad rows of different lengths and pass a mask")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens must be integers, but are {tokens.dtype}: pass ids, such as a tokenizer's."
@@ -61,36 +61,71 @@ def token_ids(tokens: Any, vocab: int) -> Int[Array, "*batch seq"]:
     return tokens.astype(jnp.int32) + refuse_if(wrong, sentence)
 
 
-def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` unless an array that goes with the tokens has their shape."""
-    if given is not None and tuple(given.shape) != shape:
-        raise ValueError(
-            f"{name} must have the tokens' shape {shape}, but has {tuple(given.shape)}."
-        )
-
-
-def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` unless a mask is boolean and of the tokens' shape."""
-    check_shape(name, mask, shape)
-    if mask is not None and mask.dtype != jnp.bool_:
+def mask_of(name: str, mask: Any, shape: tuple[int, ...]) -> Bool[Array, "*batch seq"] | None:
+    """The mask as an array. Raises a `ValueError` unless it is boolean and of the tokens' shape."""
+    if mask is None:
+        return None
+    mask = _of_shape(name, mask, shape)
+    if mask.dtype != jnp.bool_:
         raise ValueError(
             f"{name} must be boolean, True at the tokens that count, but is {mask.dtype}: pass "
             f"{name} == 1, or {name} == 0 where it holds what is added to scores."
         )
+    return jnp.asarray(mask)
 
 
-def check_pixels(pixel_values: Any) -> None:
-    """Raises a `ValueError` for pixels that aren't normalised floats."""
-    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+def integers_of(name: str, given: Any, shape: tuple[int, ...]) -> Int[Array, "*batch seq"] | None:
+    """Integers that go with the tokens, as an array. Raises a `ValueError` for another shape, for
+    other numbers, and for those of more than 32 bits."""
+    if given is None:
+        return None
+    given = _of_shape(name, given, shape)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, but are {given.dtype}.")
+    if isinstance(given, np.ndarray) and given.size:
+        limits = np.iinfo(np.int32)
+        if given.min() < limits.min or given.max() > limits.max:
+            raise ValueError(f"{name} must be integers of 32 bits, but go up to {given.max()}.")
+    return jnp.asarray(given)
+
+
+def pixels_of(pixel_values: Any) -> Float[Array, "tiles channels height width"]:
+    """The pixels as an array. Raises a `ValueError` unless they are normalised floats."""
+    pixels = _as_array("pixel_values", pixel_values, "tiles", "make them with processing.process")
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise ValueError(
-            f"pixel_values must be normalised floats, but are {pixel_values.dtype}: make them with "
+            f"pixel_values must be normalised floats, but are {pixels.dtype}: make them with "
             "llama4_eqx.processing.process."
         )
-    if pixel_values.ndim != 4:
+    if pixels.ndim != 4:
         raise ValueError(
             "pixel_values must be (tiles, channels, height, width), the tiles of all rows' images "
-            f"in reading order, but have the shape {tuple(pixel_values.shape)}."
+            f"in reading order, but have the shape {tuple(pixels.shape)}."
         )
+    return jnp.asarray(pixels)
+
+
+def _of_shape(name: str, given: Any, shape: tuple[int, ...]) -> Any:
+    given = _as_array(name, given, "the tokens' shape", "pad its rows like the tokens'")
+    if given.shape != shape:
+        raise ValueError(f"{name} must have the tokens' shape {shape}, but has {given.shape}.")
+    return given
+
+
+def _as_array(name: str, given: Any, content: str, mend: str) -> Any:
+    """JAX's array, or NumPy's of anything else."""
+    if isinstance(given, jax.Array):
+        return given
+    kind = type(given).__name__
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be an array of {content}, or lists of equal lengths, but are a {kind} "
+            f"that is none ({error}): {mend}."
+        ) from error
+    # An empty list says nothing of its kind.
+    return array.astype(np.int32) if array.size == 0 and array.dtype == np.float64 else array
 
 
 def check_positions(positions: Int[Array, "*batch seq"]) -> Int[Array, ""]:

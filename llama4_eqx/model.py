@@ -6,18 +6,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import Decoder
 from llama4_eqx.input_checks import (
     LAST_POSITION,
+    Mask,
+    Pixels,
     TokenIds,
     check_image_tokens,
-    check_mask,
-    check_pixels,
     check_positions,
-    check_shape,
+    integers_of,
+    mask_of,
+    pixels_of,
     token_ids,
 )
 from llama4_eqx.layers.backends import BY_PLATFORM, Backends
@@ -96,10 +98,10 @@ class Llama4(eqx.Module):
         self,
         tokens: TokenIds,
         *,
-        mask: Bool[Array, "*batch seq"] | None = None,
-        positions: Int[Array, "*batch seq"] | None = None,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        pixel_values: Float[Array, "tiles channels height width"] | None = None,
+        mask: Mask | None = None,
+        positions: TokenIds | None = None,
+        segment_ids: TokenIds | None = None,
+        pixel_values: Pixels | None = None,
         image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None,
         cache: KVCache | None = None,
         probe: Probe | None = None,
@@ -126,9 +128,9 @@ class Llama4(eqx.Module):
         a cache too small.
         """
         tokens = token_ids(tokens, self.embed_tokens.shape[0])
-        check_mask("mask", mask, tokens.shape)
-        check_shape("positions", positions, tokens.shape)
-        check_shape("segment_ids", segment_ids, tokens.shape)
+        mask = mask_of("mask", mask, tokens.shape)
+        positions = integers_of("positions", positions, tokens.shape)
+        segment_ids = integers_of("segment_ids", segment_ids, tokens.shape)
         if cache is None:
             span = None
             placed = token_positions(
@@ -241,7 +243,7 @@ class Llama4(eqx.Module):
 
 def encode_images(
     model: Llama4,
-    pixel_values: Float[Array, "tiles channels height width"],
+    pixel_values: Pixels,
     *,
     sites: Sites = NO_SITES,
     remat: RematPolicy = "dots",
@@ -250,11 +252,10 @@ def encode_images(
     """The embeddings that replace each tile's image tokens. `sites` show a probe the encoder."""
     if model.vision_model is None or model.multi_modal_projector is None:
         raise ValueError("This model is text-only: load the whole checkpoint to give it images.")
-    check_pixels(pixel_values)
     return model.parallel.encode_images(
         model.vision_model,
         model.multi_modal_projector,
-        pixel_values,
+        pixels_of(pixel_values),
         sites=sites,
         remat=remat,
         key=key,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama4_eqx as l4
-from llama4_eqx.training import make_train_step
+from llama4_eqx.training import make_train_step, next_token_loss
 from llama4_eqx.training.data import Document, packed_batches
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
@@ -135,6 +135,63 @@ def _hypothesis_model(_made=[]):  # noqa: B006 (made once)
 def test_shapes_and_dtypes_that_would_broadcast(model, given, sentence):
     with pytest.raises(ValueError, match=sentence):
         model(random_tokens(2, 10), **given)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, lambda x: np.asarray(x).tolist()])
+def test_every_kind_of_what_goes_with_the_tokens(model, kind, checked, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", not checked)
+    tokens = random_tokens(2, 10)
+    positions, documents = np.arange(10) + np.array([[0], [4]]), np.arange(10) // [[4], [6]]
+    mask = np.arange(10) < [[7], [10]]
+    for forward in (
+        {"mask": mask},
+        {"positions": positions},
+        {"segment_ids": documents},
+        {"mask": mask, "segment_ids": documents},
+    ):
+        truth = model(tokens, **{name: jnp.asarray(value) for name, value in forward.items()})
+        ours = model(tokens, **{name: kind(value) for name, value in forward.items()})
+        assert relative_error(ours.logits, truth.logits) < 1e-5
+    new = l4.generate(model, kind(np.asarray(tokens)), mask=kind(mask), max_new_tokens=3)
+    truth = l4.generate(model, tokens, mask=jnp.asarray(mask), max_new_tokens=3)
+    np.testing.assert_array_equal(new, truth)
+    forms = {"tokens": np.asarray(tokens), "mask": mask, "target_mask": mask}
+    loss = next_token_loss(model, **{name: kind(value) for name, value in forms.items()})
+    truth = next_token_loss(model, **{name: jnp.asarray(value) for name, value in forms.items()})
+    assert relative_error(loss.token.total, truth.token.total) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"mask": [[True] * 10, [True] * 9]},
+            "mask must be an array of the tokens' shape, or list",
+        ),
+        ({"mask": "yes"}, r"mask must have the tokens' shape \(2, 10\)"),
+        ({"mask": torch.ones(2, 10)}, "mask must be boolean.*float32"),
+        (
+            {"positions": np.arange(20.0).reshape(2, 10)},
+            "positions must be integers, but are float",
+        ),
+        ({"positions": np.arange(20).reshape(2, 10) + 2**40}, "of 32 bits, but go up to 1099511"),
+        ({"segment_ids": [["a"] * 10] * 2}, "segment_ids must be integers"),
+        ({"segment_ids": [[0] * 10]}, "segment_ids must have the tokens' shape"),
+    ],
+)
+def test_what_does_not_go_with_the_tokens(model, given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model(random_tokens(2, 10), **given)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_pixels_of_other_libraries(seeing, kind):
+    tokens, pixels = jnp.full((1, 4), 250), np.ones((1, 3, 28, 28), np.float32)
+    truth = seeing(tokens, pixel_values=jnp.asarray(pixels)).logits
+    assert relative_error(seeing(tokens, pixel_values=kind(pixels)).logits, truth) < 1e-5
+    new = l4.generate(seeing, tokens, pixel_values=kind(pixels), max_new_tokens=2)
+    assert new.shape == (1, 2)
 
 
 @pytest.mark.parametrize("positions", [jnp.arange(12) - 5, jnp.arange(12) + jnp.int32(2**31 - 12)])

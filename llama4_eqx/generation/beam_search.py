@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from llama4_eqx.generation.decoding import decode_step, prefill
 from llama4_eqx.generation.request import Request
-from llama4_eqx.input_checks import TokenIds, token_ids
+from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.model import Llama4
 
@@ -72,12 +72,13 @@ def _search(
 ) -> BeamSearch:
     tokens = token_ids(request.tokens, model.embed_tokens.shape[0])
     *batch, seq = tokens.shape
-    mask = jnp.ones(tokens.shape, bool) if request.mask is None else request.mask
+    given = mask_of("mask", request.mask, tokens.shape)
+    mask = jnp.ones(tokens.shape, bool) if given is None else given
     cache = request.cache
     if cache is None:
         cache = model.empty_cache(tuple(batch), seq + room - 1)
     images = {"pixel_values": request.pixel_values, "image_embeddings": request.image_embeddings}
-    logits, cache = prefill(model, tokens, cache, mask=request.mask, probe=request.probe, **images)
+    logits, cache = prefill(model, tokens, cache, mask=given, probe=request.probe, **images)
 
     def copies(x: Array) -> Array:
         return jnp.repeat(x[..., None, :], beams, axis=-2)

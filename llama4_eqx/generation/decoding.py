@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.generation.request import Request, with_request
-from llama4_eqx.input_checks import TokenIds, token_ids
+from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.sites import Readings
@@ -33,7 +33,8 @@ def prefill(
     token are meaningless.
     """
     output = model(tokens, cache=cache, **forward)
-    return _last_logits(model, output, forward.get("mask")), cast(KVCache, output.cache)
+    mask = mask_of("mask", forward.get("mask"), np.shape(tokens))
+    return _last_logits(model, output, mask), cast(KVCache, output.cache)
 
 
 @eqx.filter_jit
@@ -140,20 +141,20 @@ def _begin(model: Llama4, request: Request, room: int) -> tuple[_State, KVCache,
     """The state after the prompt, its cache with room for the new tokens, and what was read."""
     tokens = token_ids(request.tokens, model.embed_tokens.shape[0])
     *batch_shape, seq = tokens.shape
-    cache = request.cache
+    mask, cache = mask_of("mask", request.mask, tokens.shape), request.cache
     if cache is None:  # the last new token is never read, so it needs no room
         cache = model.empty_cache(tuple(batch_shape), seq + room - 1)
     output = model(
         tokens,
         cache=cache,
-        mask=request.mask,
+        mask=mask,
         pixel_values=request.pixel_values,
         image_embeddings=request.image_embeddings,
         probe=request.probe,
     )
-    logits = _last_logits(model, output, request.mask)
+    logits = _last_logits(model, output, mask)
     cache, readings = cast(KVCache, output.cache), output.readings
-    mask = jnp.ones(tokens.shape, bool) if request.mask is None else jnp.asarray(request.mask)
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
     if request.samples is not None:
         logits, tokens, mask = (_copies(x, request.samples, -1) for x in (logits, tokens, mask))
         cache = cache.repeat(request.samples)

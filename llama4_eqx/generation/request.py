@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llama4_eqx.generation.processors import LogitsProcessor
 from llama4_eqx.generation.sampling import Greedy, Sampler
-from llama4_eqx.input_checks import TokenIds
+from llama4_eqx.input_checks import Mask, Pixels, SupportsArray, TokenIds
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
@@ -33,6 +33,12 @@ def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
 
 def _as_copies(copies: Any) -> int | None:
     return None if copies is None else operator.index(copies)
+
+
+def _as_array(pixels: Any) -> Any:
+    """An array of another library as NumPy's, on whose numbers no program depends."""
+    other = pixels is not None and not isinstance(pixels, jax.Array | np.ndarray)
+    return np.asarray(pixels) if other and isinstance(pixels, SupportsArray) else pixels
 
 
 class Request(eqx.Module):
@@ -53,8 +59,8 @@ class Request(eqx.Module):
     tokens: TokenIds
     _: KW_ONLY
     max_new_tokens: int = eqx.field(converter=operator.index)
-    mask: Bool[Array, "*batch seq"] | None = None
-    pixel_values: Float[Array, "tiles channels height width"] | None = None
+    mask: Mask | None = None
+    pixel_values: Pixels | None = eqx.field(default=None, converter=_as_array)
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None
     cache: KVCache | None = None
     processors: tuple[LogitsProcessor, ...] = eqx.field(default=(), converter=tuple)

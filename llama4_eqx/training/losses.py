@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_eqx.input_checks import Mask, TokenIds, mask_of, token_ids
 from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
 from llama4_eqx.layers.moe import top_k_experts
 from llama4_eqx.model import Llama4
@@ -149,9 +150,9 @@ class NextTokenLoss(eqx.Module):
 
 def next_token_loss(
     model: Llama4,
-    tokens: Int[Array, "*batch seq"],
+    tokens: TokenIds,
     *,
-    target_mask: Bool[Array, "*batch seq"] | None = None,
+    target_mask: Mask | None = None,
     z_loss: float = 0.0,
     token_block: int = 1024,
     **forward: Any,
@@ -162,6 +163,9 @@ def next_token_loss(
     are keywords of the model's call: `mask`, `segment_ids`, `pixel_values`, `remat`, `key` ….
     `z_loss` and `token_block` are those of `token_loss`.
     """
+    if not isinstance(tokens, jax.Array):  # the model's call checks the ids of those
+        tokens = token_ids(tokens, model.embed_tokens.shape[0])
+    target_mask = mask_of("target_mask", target_mask, tokens.shape)
     output = model(tokens, **forward)
     segments = output.token_positions.segments
     # The last token of a row has no successor; what rolls around doesn't count.
