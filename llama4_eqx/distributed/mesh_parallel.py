@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.decoder import Decoder
@@ -35,7 +35,7 @@ from llama4_eqx.layers.collectives import AxisNames, MeshAxes, psum_over, pvary
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import has_updates, merged
-from llama4_eqx.layers.quantized import Quantized, plain_weight
+from llama4_eqx.layers.quantized import Quantized
 from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import Readings, Sites, value_axes
 from llama4_eqx.parallel import Parallel, TokenSums
@@ -124,12 +124,14 @@ class MeshParallel(Parallel):
         mesh_axes = self._mesh_axes(lead)
         vocab_axes = self._vocab_axes(mesh_axes)
 
-        def local(hidden, head):
-            return linear(pvary(hidden, vocab_axes), self._head(head, mesh_axes, vocab_axes))
+        wide = _has_columns(head)
 
-        in_specs = P(*lead, None), self._head_spec()
-        run = self._shard_map(local, in_specs, P(*lead, vocab_axes or None))
-        return run(hidden, plain_weight(head))
+        def local(hidden, head):
+            own = self._head(head, wide, mesh_axes, vocab_axes)
+            return linear(pvary(hidden, vocab_axes), own)
+
+        in_specs = P(*lead, None), self._head_spec(wide)
+        return self._shard_map(local, in_specs, P(*lead, vocab_axes or None))(hidden, head)
 
     def token_sums(
         self,
@@ -143,12 +145,14 @@ class MeshParallel(Parallel):
         mesh_axes = self._mesh_axes(lead)
         vocab_axes = self._vocab_axes(mesh_axes)
 
+        wide = _has_columns(head)
+
         def local(hidden, labels, weights, head):
-            head = self._head(head, mesh_axes, vocab_axes)
+            head = self._head(head, wide, mesh_axes, vocab_axes)
             found = sums(pvary(hidden, vocab_axes), labels, weights, head, vocab_axes)
             return jax.tree.map(lambda x: psum_over(x, mesh_axes.tokens), found)
 
-        in_specs = P(*lead, None), P(*lead), P(*lead), self._head_spec()
+        in_specs = P(*lead, None), P(*lead), P(*lead), self._head_spec(wide)
         return self._shard_map(local, in_specs, P())(hidden, labels, weights, head)
 
     def encode_images(
@@ -239,13 +243,22 @@ class MeshParallel(Parallel):
         axes = self.rules["vocab"]
         return () if set(axes) & set(mesh_axes.tokens) else axes
 
-    def _head_spec(self) -> P:
-        return P(self.rules["vocab"] or None, self.rules["hidden"] or None)
+    def _head_spec(self, wide: PyTree) -> PyTree:
+        vocab, hidden = self.rules["vocab"] or None, self.rules["hidden"] or None
+        return jax.tree.map(lambda has: P(vocab, hidden if has else None), wide)
 
-    def _head(self, head: Array, mesh_axes: MeshAxes, vocab_axes: AxisNames) -> Array:
-        head = pvary(head, mesh_axes.tokens)
-        head = mesh_axes.all_gather(head, self.rules["hidden"], axis=1)
-        return head if vocab_axes else mesh_axes.all_gather(head, self.rules["vocab"], axis=0)
+    def _head(self, head: T, wide: PyTree, mesh_axes: MeshAxes, vocab_axes: AxisNames) -> T:
+        def gather(x: Array, has_columns: bool) -> Array:
+            x = pvary(x, mesh_axes.tokens)
+            x = mesh_axes.all_gather(x, self.rules["hidden"] if has_columns else (), axis=1)
+            return x if vocab_axes else mesh_axes.all_gather(x, self.rules["vocab"], axis=0)
+
+        return jax.tree.map(gather, head, wide)
+
+
+def _has_columns(head: Array | Quantized) -> PyTree:
+    """Whether each array of the head has columns to shard: scales of whole outputs have none."""
+    return jax.tree.map(lambda x: x.shape[1] > 1, head)
 
 
 def _common_slots(cache: KVCache) -> int:

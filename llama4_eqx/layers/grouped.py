@@ -14,8 +14,10 @@ from llama4_eqx.layers.backends import ExpertsBackend, check_backend
 from llama4_eqx.layers.blocked import block_sizes, blocked_forward, blocked_mlp
 from llama4_eqx.layers.grouped_products import HOPPER, MEGABLOX, RAGGED, mlp_by_products
 from llama4_eqx.layers.grouped_quantized import (
+    MOST_DENSE_ROWS,
     QuantizedWeights,
     quantized_blocked_mlp,
+    quantized_dense_mlp,
     quantized_ragged_mlp,
 )
 from llama4_eqx.layers.hopper import fits_hopper, has_hopper
@@ -131,7 +133,8 @@ def _of_quantized(
     few = 4 * len(rows) <= len(sizes)
     on_gpu = _row_by_row if few else _with_plain_weights
     scaled = all(weight.scales_outputs(1) for weight in weights)
-    elsewhere = quantized_ragged_mlp if scaled else _with_plain_weights
+    of_groups = quantized_dense_mlp if len(rows) <= MOST_DENSE_ROWS else _with_plain_weights
+    elsewhere = quantized_ragged_mlp if scaled else of_groups
     forms = {"cpu": quantized_blocked_mlp, "cuda": on_gpu, "default": elsewhere}
     return by_platform(
         rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}

@@ -8,6 +8,8 @@ from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.blocked import block_sizes, has_expert, visit_blocks, widen, write_rows
 from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_dot, int8_rows
 
+# Above so many rows, the work in vain of a dense product costs more than reading wide weights.
+MOST_DENSE_ROWS = 128
 QuantizedWeights = tuple[Quantized, Quantized, Quantized]
 
 
@@ -28,6 +30,32 @@ def quantized_ragged_mlp(
     x = jnp.where(has_expert(rows, sizes), rows, 0)
     inner = gated_product(activation, product(x, gate), product(x, up))
     return jnp.where(has_expert(rows, sizes), product(inner, down), 0)
+
+
+def quantized_dense_mlp(
+    activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
+) -> Array:
+    """By products of all rows with all experts, for few rows: they read numbers of few bits as such
+    whatever the scales are, which ragged ones don't."""
+
+    def product(x: Array, weight: Quantized) -> Array:
+        parts = weight.by_parity()
+        outs = (
+            jnp.einsum(
+                "td,edf->etf" if x.ndim == 2 else "etd,edf->etf",
+                x[..., i :: len(parts)],
+                part.dequantized().astype(x.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for i, part in enumerate(parts)
+        )
+        return sum(outs, start=jnp.zeros((), jnp.float32)).astype(x.dtype)
+
+    gate, up, down = weights
+    inner = gated_product(activation, product(rows, gate), product(rows, up))
+    row, ends = jnp.arange(len(rows)), jnp.cumsum(sizes)[:, None]
+    of_expert = (ends - sizes[:, None] <= row) & (row < ends)
+    return jnp.where(of_expert[..., None], product(inner, down), 0).sum(0)
 
 
 def quantized_blocked_mlp(

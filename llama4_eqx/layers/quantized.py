@@ -79,9 +79,23 @@ class Quantized(eqx.Module):
         """The weight that it stands for."""
         numbers, scale = self.plain_numbers(), self.scale
         for axis, (size, groups) in enumerate(zip(self.shape, scale.shape, strict=True)):
-            if 1 < groups < size:
-                scale = jnp.repeat(scale, size // groups, axis=axis)
+            if 1 < groups < size:  # not jnp.repeat, a gather, which no product reads through
+                shape = list(scale.shape)
+                shape.insert(axis + 1, size // groups)
+                scale = jnp.broadcast_to(jnp.expand_dims(scale, axis + 1), shape)
+                scale = scale.reshape(*shape[:axis], size, *shape[axis + 2 :])
         return (numbers.astype(scale.dtype) * scale).astype(self.dtype)
+
+    def by_parity(self) -> list["Quantized"]:
+        """The parts whose products with every second input, from the first and from the second on,
+        are summed to the weight's: TPUs read numbers that share a byte at half a byte each so."""
+        if self.packed is None or self.scale.shape[self.packed] > self.numbers.shape[self.packed]:
+            return [self]
+        if self.numbers.shape[self.packed] % self.scale.shape[self.packed]:  # pairs across groups
+            return [self]
+        both = self.numbers.astype(jnp.int8)
+        halves = (both << 4) >> 4, both >> 4
+        return [Quantized(half, self.scale, self.dtype) for half in halves]
 
 
 def quantized(
@@ -178,7 +192,12 @@ def quantized_product(
         return (int8_dot(x, numbers, 1) * x_scale * scale).astype(rows.dtype)
 
     if not weight.scales_outputs(1):
-        return _dot(rows, weight.dequantized().astype(rows.dtype), 1)
+        parts = weight.by_parity()
+        products = (
+            _dot(rows[:, i :: len(parts)], part.dequantized().astype(rows.dtype), 1, jnp.float32)
+            for i, part in enumerate(parts)
+        )
+        return sum(products, start=jnp.zeros((), jnp.float32)).astype(rows.dtype)
     operands = rows, weight.numbers, weight.scale.T.astype(jnp.float32)
     if weight.numbers.dtype != jnp.int8:
         return by_cast(*operands)

@@ -48,13 +48,19 @@ def size(tree) -> int:
     )
 
 
-# Of int8 1.14: the compiler prefetches values into VMEM, and writes them back as a whole.
+# Of int8 1.14: the compiler prefetches values into VMEM, and writes them back as a whole. Of int4
+# more, since it makes a scale for each number of a group in memory; without groups it wouldn't.
 @pytest.mark.parametrize(
-    ("quantization", "limit"),
-    [(None, 1.05), (l4.Quantization(), 1.2)],
-    ids=["bfloat16", "int8"],
+    ("quantization", "cache_dtype", "limit"),
+    [
+        (None, None, 1.05),
+        (l4.Quantization(), None, 1.2),
+        (None, "int8", 1.05),
+        (l4.Quantization(dtype=jnp.int4), None, 3.2),
+    ],
+    ids=["bfloat16", "int8", "cache int8", "int4"],
 )
-def test_decoding_reads_each_weight_and_cache_once(quantization, limit):
+def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, limit):
     """Four of Scout's layers, 16 rows with 8,192 tokens each, on sixteen chips."""
     mesh = tpu_mesh("v6e:4x4", {"tensor": 8, "expert": 2})
     rules = TENSOR | EXPERT_REPLICATED_TOKENS
@@ -65,13 +71,13 @@ def test_decoding_reads_each_weight_and_cache_once(quantization, limit):
         return model if quantization is None else l4.quantize(model, quantization)
 
     model = abstract_sharded(make, mesh, rules)
-    empty = partial(eqx.filter_eval_shape, model.empty_cache, (16,), 8192)
+    empty = partial(eqx.filter_eval_shape, model.empty_cache, (16,), 8192, dtype=cache_dtype)
     cache = abstract_sharded(empty, mesh, rules)
     token = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=NamedSharding(mesh, P()))
     program = compile_for_tpu(lower(l4.decode_step, model, token, cache, donate=2))
     read_once = size(model) - size(model.embed_tokens) + size(cache)
     assert program_costs(program).hbm_bytes <= limit * read_once
-    assert program.memory_analysis().temp_size_in_bytes < 0.1 * read_once
+    assert program.memory_analysis().temp_size_in_bytes < max(0.1, (limit - 1) / 5) * read_once
 
 
 def test_a_training_step_computes_what_the_model_does():
