@@ -183,7 +183,7 @@ def test_shapes():
     tokens = int((room / 4096 - 36 * 8192) / 12 / 1024) * 1024
     (int8,) = {line for line in said.splitlines() if line.startswith("  int8") and "101 G" in line}
     assert int8.split()[2] == f"{tokens:,}"
-    assert "mask" in said.splitlines()[-3]
+    assert said.splitlines()[-1] == "  mask must have the tokens' shape (2, 10), but has (2, 9)."
     assert "bool[2,9]" in said
 
 
