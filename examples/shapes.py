@@ -7,6 +7,8 @@ Prints parameters and memory, then makes a mistake on purpose to show what the s
 
 from functools import partial
 
+from jaxtyping import install_import_hook
+
 with install_import_hook("llama4_eqx", "beartype.beartype"):  # this turns the shape checks on
     import llama4_eqx as l4
 

@@ -368,7 +368,7 @@ def test_the_vision_encoder_of_a_text_only_model():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "awq", "bits": 4},
         {"quant_method": "gptq", "bits": 4},
         {"bits": 8},
         {},
