@@ -62,7 +62,10 @@ def grouped_mlp(
     check_backend(backend, get_args(ExpertsBackend), "experts")
     weights = gate_proj, up_proj, down_proj
     if all(isinstance(weight, UnstackedWeight | ScannedWeight) for weight in weights):
-        return _of_parts(activation, backend, rows, cast(_Parts, weights), group_sizes)
+        parts = cast(_Parts, weights)
+        if backend is None:
+            return _of_parts(activation, rows, parts, group_sizes)
+        weights = tuple(part.stacked() for part in parts)
     if backend is None and all(isinstance(weight, Quantized) for weight in weights):
         return _of_quantized(activation, rows, cast(QuantizedWeights, weights), group_sizes)
     gate, up, down = (plain_weight(cast(Array | Quantized, weight)) for weight in weights)
@@ -165,41 +168,30 @@ _Part = UnstackedWeight | ScannedWeight
 _Parts = tuple[_Part, _Part, _Part]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _of_parts(
-    activation: Activation,
-    backend: ExpertsBackend | None,
-    rows: Array,
-    weights: _Parts,
-    sizes: Array,
-) -> Array:
-    forms = {"default": partial(_of_stacked, activation, backend)}
-    if backend is None:
-        block, _ = block_sizes(len(rows), len(sizes))
-        unstacked = all(isinstance(weight, UnstackedWeight) for weight in weights)
-        on_cpu = partial(unstacked_mlp, activation, block)
-        forms["cpu"] = on_cpu if unstacked else partial(blocked_forward, activation)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_parts(activation: Activation, rows: Array, weights: _Parts, sizes: Array) -> Array:
+    block, _ = block_sizes(len(rows), len(sizes))
+    unstacked = all(isinstance(weight, UnstackedWeight) for weight in weights)
+    on_cpu = partial(unstacked_mlp, activation, block)
+    forms = {
+        "cpu": on_cpu if unstacked else partial(blocked_forward, activation),
+        "default": partial(_of_stacked, activation),
+    }
     return by_platform(rows, weights, sizes, **forms)
 
 
-def _of_stacked(
-    activation: Activation,
-    backend: ExpertsBackend | None,
-    rows: Array,
-    weights: _Parts,
-    sizes: Array,
-) -> Array:
+def _of_stacked(activation: Activation, rows: Array, weights: _Parts, sizes: Array) -> Array:
     gate, up, down = (weight.stacked() for weight in weights)
-    return grouped_mlp(rows, gate, up, down, sizes, activation=activation, backend=backend)
+    return grouped_mlp(rows, gate, up, down, sizes, activation=activation)
 
 
-def _parts_forward(activation, backend, rows, weights, sizes):
-    return _of_parts(activation, backend, rows, weights, sizes), (rows, weights, sizes)
+def _parts_forward(activation, rows, weights, sizes):
+    return _of_parts(activation, rows, weights, sizes), (rows, weights, sizes)
 
 
-def _parts_backward(activation, backend, residuals, d_out):
+def _parts_backward(activation, residuals, d_out):
     rows, weights, sizes = residuals
-    run = partial(_of_stacked, activation, backend)
+    run = partial(_of_stacked, activation)
     if any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized))):
         _, vjp = jax.vjp(lambda rows: run(rows, weights, sizes), rows)
         return *vjp(d_out), None, None

@@ -84,6 +84,23 @@ def test_gradients_through_a_cache():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max() + 1e-6))
 
 
+def test_forward_mode_through_a_cache():
+    """With a backend that has it, as without a cache."""
+    model = l4.Llama4(l4.Llama4Config(MAVERICK), key=jax.random.key(0))
+    tokens, backends = random_tokens(1, 5), Backends("dense", "dense")
+
+    def logits(scale, cached):
+        cache = model.empty_cache((1,), 8) if cached else None
+        scaled = eqx.tree_at(lambda m: m.embed_tokens, model, model.embed_tokens * scale)
+        return scaled(tokens, cache=cache, backends=backends).logits
+
+    ours, truth = (
+        jax.jvp(lambda scale, c=cached: logits(scale, c), (1.0,), (1.0,))[1]
+        for cached in (True, False)
+    )
+    assert relative_error(ours, truth) < 1e-5
+
+
 def test_a_step_copies_no_layers_experts():
     config = dataclasses.replace(
         TOYS["scout"], intermediate_size=256, num_local_experts=32, num_hidden_layers=12
