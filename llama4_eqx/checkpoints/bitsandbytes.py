@@ -133,9 +133,9 @@ def _four_bit(
         said = json.loads(bytes(raw_tensor(state)))
         shape, block_size = tuple(map(int, said["shape"])), int(said["blocksize"])
         dtype = _DTYPES[said["dtype"]]
-        nested = said.get("nested_blocksize")
+        nested = int(said.get("nested_blocksize") or 0) or None
         offset = float(said.get("nested_offset", 0))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return "has a quant_state that can't be read"
     if len(shape) != 2 or min(*shape, block_size, nested or 1) < 1:
         return f"has a quant_state of shape {shape} and blocks of {block_size}"
