@@ -89,7 +89,7 @@ class Quantized(eqx.Module):
     def by_parity(self) -> list["Quantized"]:
         """The parts whose products with every second input, from the first and from the second on,
         are summed to the weight's: TPUs read numbers that share a byte at half a byte each so."""
-        if self.packed is None or self.scale.shape[self.packed] > self.numbers.shape[self.packed]:
+        if self.packed is None:
             return [self]
         if self.numbers.shape[self.packed] % self.scale.shape[self.packed]:  # pairs across groups
             return [self]
