@@ -53,8 +53,8 @@ def convert_meta_checkpoint(
     staging: Staging | None = None
     try:
         staging = Staging(target)
+        write_companions(source, staging.path, config)  # first, as it is quick and may fail
         _write(config, shards, staging.path)
-        write_companions(source, staging.path, config)
         staging.commit(check=lambda: _require_absent(target))
     except OSError as error:
         if isinstance(error, FileExistsError) and error.errno is None:
