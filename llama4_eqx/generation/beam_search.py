@@ -91,7 +91,7 @@ def _search(
     lowest = jnp.full((*batch, beams), _LOWEST, jnp.float32)
     state = _Beams(
         tokens=nothing,
-        # All beams are alike at first: the others don't count.
+        # All beams are equal at first: the others don't count.
         scores=jnp.where(jnp.arange(beams) == 0, 0.0, lowest),
         cache=cache.repeat(beams),
         memory=memory,

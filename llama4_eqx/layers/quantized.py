@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num, UInt8
 
 T = TypeVar("T")
-# The largest number of each dtype that a scale is chosen for.
+# The number of each dtype that stands for the largest weight of a scale.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 # XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
 LEAST_ROWS = 4
