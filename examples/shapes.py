@@ -2,12 +2,14 @@
 
     python examples/shapes.py
 
-Prints parameters and memory, then makes a mistake on purpose to show what the shape checks say.
+Prints parameters and memory, then makes mistakes on purpose to show what is said about them.
 """
 
+import functools
+from collections.abc import Callable
 from functools import partial
 
-from jaxtyping import install_import_hook
+from jaxtyping import TypeCheckError, install_import_hook
 
 with install_import_hook("llama4_eqx", "beartype.beartype"):  # this turns the shape checks on
     import llama4_eqx as l4
@@ -32,6 +34,7 @@ WEIGHTS = {
     "float8": l4.Quantization(dtype=jnp.float8_e4m3fn),
     "int4": l4.Quantization(dtype=jnp.int4),
 }
+CACHES = {"bfloat16": None, "int8": jnp.int8}
 
 
 def main() -> None:
@@ -39,8 +42,9 @@ def main() -> None:
     for name, config in configs.items():
         describe(name, config)
     for name, config in configs.items():
-        fits(name, config)
-    make_a_mistake()
+        for cache in CACHES:
+            fits(name, config, cache)
+    make_mistakes()
 
 
 def describe(name: str, config: l4.Llama4Config) -> None:
@@ -73,32 +77,33 @@ def describe(name: str, config: l4.Llama4Config) -> None:
     print(f"  router logits: {output.router_logits.dtype.name}{list(output.router_logits.shape)}\n")
 
 
-def fits(name: str, config: l4.Llama4Config) -> None:
+def fits(name: str, config: l4.Llama4Config, cache: str) -> None:
     """On which devices the text model runs, shared out evenly, and with how long a row."""
     text = l4.Llama4Config(config.text_config)
-    print(f"The longest row for which {name}'s text model leaves room, with a cache in bfloat16:")
+    make = partial(l4.Llama4, text, dtype=jnp.bfloat16, key=jax.random.key(0))
+    model = eqx.filter_eval_shape(make)
+
+    @functools.cache
+    def cache_size(thousands: int) -> int:
+        empty = partial(model.empty_cache, (1,), thousands * 1024, dtype=CACHES[cache])
+        return size_of(eqx.filter_eval_shape(empty))
+
+    print(f"The longest row for which {name}'s text model leaves room, with a cache in {cache}:")
     print("  weights   " + "".join(f"{device:>18}" for device in DEVICES))
     for weights, quantization in WEIGHTS.items():
-
-        def make(quantization=quantization):
-            model = l4.Llama4(text, dtype=jnp.bfloat16, key=jax.random.key(0))
-            return model if quantization is None else l4.quantize(model, quantization)
-
-        model = eqx.filter_eval_shape(make)
-        size = size_of(model)
-        room = [longest_row(model, memory * GIB * USABLE - size) for memory in DEVICES.values()]
+        size = size_of(
+            eqx.filter_eval_shape(l4.quantize, model, quantization) if quantization else model
+        )
+        room = [
+            longest_row(cache_size, memory * GIB * USABLE - size) for memory in DEVICES.values()
+        ]
         shown = "".join(f"{tokens:18,}" if tokens else f"{'-':>18}" for tokens in room)
         print(f"  {weights:10}{shown}   ({size / GIB:,.0f} GiB)")
     print()
 
 
-def longest_row(model: l4.Llama4, room: float) -> int:
+def longest_row(cache_size: Callable[[int], int], room: float) -> int:
     """The most tokens, in whole 1,024s and at most 10 million, whose cache takes so many bytes."""
-
-    def cache_size(thousands: int) -> int:
-        make = partial(eqx.filter_eval_shape, model.empty_cache, (1,), thousands * 1024)
-        return size_of(make())
-
     low, high = 0, 10_240
     while low < high:
         middle = (low + high + 1) // 2
@@ -116,14 +121,23 @@ def count(module: object) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(module))
 
 
-def make_a_mistake() -> None:
-    """Gives a mask for one token too few."""
-    model = l4.Llama4(l4.Llama4Config.tiny(), key=jax.random.key(0))
+def make_mistakes() -> None:
+    """Gives the model a mask for one token too few, and one of its layers two swapped axes."""
+    config = l4.Llama4Config.tiny()
+    model = l4.Llama4(config, key=jax.random.key(0))
     tokens = jnp.zeros((2, 10), jnp.int32)
     print("A mask of 9 tokens for rows of 10:")
     try:
         model(tokens, mask=jnp.ones((2, 9), bool))
     except ValueError as error:
+        print(f"  {error}\n")
+
+    hidden = config.text_config.hidden_size
+    mlp = l4.MLP(hidden, 32, init_std=0.02, dtype=jnp.float32, key=jax.random.key(0))
+    print("Two rows of 10 tokens with their axes in the wrong order:")
+    try:
+        mlp(jnp.zeros((2, hidden, 10)))
+    except TypeCheckError as error:
         print(f"  {error}")
 
 
