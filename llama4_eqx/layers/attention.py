@@ -13,8 +13,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.backends import AttentionBackend
-from llama4_eqx.layers.blockwise import attention
+from llama4_eqx.layers.attention_core import attention
+from llama4_eqx.layers.backends import AttentionBackend, Backends
 from llama4_eqx.layers.cache import CacheSpan, KeysValues, LayerCache
 from llama4_eqx.layers.collectives import (
     AxisNames,
@@ -33,7 +33,11 @@ from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
 from llama4_eqx.layers.pattern import attention_by_pattern
 from llama4_eqx.layers.platforms import may_run_on
+from llama4_eqx.layers.ring import ring_attention
 from llama4_eqx.layers.splash import fits_splash
+
+# Bytes of keys and values that a device gathers; more are sent round, which takes no such memory.
+MOST_GATHERED = 2**30
 
 
 class TemperatureTuning(eqx.Module):
@@ -140,13 +144,15 @@ class Attention(SequenceMixer):
         q, k, v = sites("q", q), sites("k", k), sites("v", v)
         q, k, v = (jnp.swapaxes(part, -2, -3) for part in (q, k, v))  # heads before seq
         show_pattern = sites.probe.visits("pattern")
-        new, axis_names = KeysValues(k, v, context.tokens), ()
+        new, axis_names, ring = KeysValues(k, v, context.tokens), (), False
         if cache is not None and context.span is not None:
             cache, attended, axis_names = self._with_cache(
                 cache, context.span, new, mesh_axes, gather_slots=show_pattern
             )
         elif self._chunks_are_local(context.tokens) and not show_pattern:
             attended = new
+        elif not show_pattern and _sends_keys_round(new, mesh_axes, context.execution.backends):
+            attended, ring = new, True
         else:
             attended = new.all_gather(mesh_axes, mesh_axes.seq)
         settings = {
@@ -159,6 +165,9 @@ class Attention(SequenceMixer):
         if show_pattern:
             visit = partial(sites, "pattern")
             out = attention_by_pattern(*operands, span=context.span, visit=visit, **settings)
+        elif ring:
+            run = partial(_over_one_batch_axis, ring_attention, axis_names=mesh_axes.seq)
+            out = run(*operands, **settings)
         else:
             backend = context.execution.backends.attention
             run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
@@ -220,6 +229,14 @@ class Attention(SequenceMixer):
         # still need: attend to the old ring and the new tokens instead.
         old = cache.read(span.start, span.old_end, slots)
         return updated, old.all_gather(mesh_axes, slots).concatenate(new), ()
+
+
+def _sends_keys_round(new: KeysValues, mesh_axes: MeshAxes, backends: Backends) -> bool:
+    """Whether keys that other devices need are sent round rather than gathered."""
+    if not mesh_axes.seq or backends.attention not in (None, "ring"):
+        return False
+    size = (new.k.nbytes + new.v.nbytes) * lax.axis_size(mesh_axes.seq)
+    return backends.attention == "ring" or size > MOST_GATHERED
 
 
 def _may_be_plain_rows(

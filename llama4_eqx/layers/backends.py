@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ExpertsBackend = Literal["dense", "ragged", "blocked", "hopper", "megablox", "rows"]
-AttentionBackend = Literal["dense", "blockwise", "cudnn", "splash"]
+AttentionBackend = Literal["dense", "blockwise", "cudnn", "splash", "ring"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,9 @@ class Backends:
 
     `attention`: `"dense"`, with all scores at once, the oracle of the others and the one that has
     forward-mode derivatives; `"blockwise"`, in memory linear in the length; `"cudnn"`, a kernel for
-    NVIDIA GPUs, for unpadded 16-bit rows; `"splash"`, one for TPUs, for rows without a cache.
+    NVIDIA GPUs, for unpadded 16-bit rows; `"splash"`, one for TPUs, for rows without a cache;
+    `"ring"`, which of rows sharded along the sequence sends keys round instead of gathering them,
+    and is for all else as None.
     `experts`: see `layers.grouped_mlp`; `"dense"` has forward-mode derivatives.
 
     Raises a `ValueError` for an unknown name.

@@ -1,136 +1,23 @@
-"""The attention core: one function of positions and segments for training, prefill and decode.
+"""The blockwise attention core: an online softmax by pairs of blocks, which never holds all scores
+(FlashAttention, https://arxiv.org/abs/2205.14135) and skips the blocks of keys that no query of a
+block attends to."""
 
-Whether a query attends to a key is decided by `mask.attention_mask` alone. The blockwise form is an
-online softmax that never holds all scores at once (FlashAttention, https://arxiv.org/abs/2205.14135)
-and skips the blocks of keys that no query of a block attends to; the dense form computes the same
-in one product. Both are for any device; `cudnn` and `splash` have kernels for GPUs and TPUs.
-"""
+from typing import NamedTuple
 
-from collections.abc import Callable
-from functools import partial
-from typing import get_args
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.backends import AttentionBackend, check_backend
-from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
-from llama4_eqx.layers.cudnn import cudnn_attention, fits_cudnn
-from llama4_eqx.layers.dropout import dropout
-from llama4_eqx.layers.mask import TokenPositions, attention_mask
-from llama4_eqx.layers.platforms import by_platform, may_run_on
+from llama4_eqx.layers.dense_attention import LOWEST, Scoring, fold, product, unfold
+from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.remat import save_residual
-from llama4_eqx.layers.splash import fits_splash, splash_attention
 
 # The fastest on CPUs, for causal and for chunk-local layers: larger blocks fall out of the cache
 # and straddle chunks, smaller ones make poor matrix products.
 BLOCK = 256
 # On GPUs few large products win: twice as fast on an H100.
 LARGE_BLOCK = 1024
-
-# Below every score but finite: subtracted from a score of -inf it gives no NaN.
-LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
-def attention(
-    q: Float[Array, "batch heads q_seq head_dim"],
-    k: Float[Array, "batch kv_heads kv_seq head_dim"],
-    v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    queries: TokenPositions,
-    keys: TokenPositions,
-    *,
-    chunk_size: int | None,
-    scale: float,
-    dropout_rate: float = 0.0,
-    axis_names: AxisNames = (),
-    key: PRNGKeyArray | None = None,
-    own_keys: bool = False,
-    backend: AttentionBackend | None = None,
-) -> Float[Array, "batch heads q_seq head_dim"]:
-    """Softmax attention of each query over the keys in its mask; zeros where that is empty.
-
-    Equal runs of query heads share a key head (grouped-query attention). Scores and softmax are
-    in float32. Dropout of attention probabilities needs a `key`. Inside `jax.shard_map` the keys
-    may be sharded along mesh axes `axis_names`, which needs the dense form. `own_keys` says that
-    queries and keys are those of the same tokens.
-
-    `backend` None chooses by the shapes and by the platform that the program is lowered for: dense
-    for small problems; cuDNN on GPUs, if this machine has one, for unpadded 16-bit rows without
-    dropout; splash on TPUs, if this machine or the mesh has them, for own keys without dropout;
-    else blockwise, with larger blocks on such GPUs.
-    """
-    check_backend(backend, get_args(AttentionBackend), "attention")
-    settings = {"chunk_size": chunk_size, "scale": scale}
-    dropped = {"dropout_rate": dropout_rate, "key": key}
-    small = q.shape[2] == 1 or q.shape[2] * k.shape[2] <= BLOCK**2
-    if axis_names or backend == "dense" or (backend is None and small):
-        return dense_attention(q, k, v, queries, keys, axis_names=axis_names, **settings, **dropped)
-    q, k, v, queries, keys = match_vma(q, k, v, queries, keys)
-    not_dropped = key is None or not dropout_rate
-    unpadded = queries.contiguous and keys.contiguous and q.shape[2] == k.shape[2]
-    for_cudnn = unpadded and not_dropped and fits_cudnn(q, k)
-    for_splash = own_keys and not_dropped and fits_splash(q, k)
-
-    def by_cudnn(q, k, v, queries, keys):
-        return cudnn_attention(q, k, v, **settings)
-
-    def by_splash(q, k, v, queries, keys):
-        return splash_attention(q, k, v, queries, **settings)
-
-    if backend == "cudnn":
-        if not for_cudnn:
-            raise ValueError(
-                'backend="cudnn" takes 16-bit rows that are unpadded documents, without dropout, '
-                "and a head_dim of at most 128 that is a multiple of 8: pass None."
-            )
-        return by_cudnn(q, k, v, queries, keys)
-    if backend == "splash":
-        if not for_splash:
-            raise ValueError(
-                'backend="splash" takes bfloat16 or float32 rows without a cache, without dropout, '
-                "and a head_dim that is a multiple of 128: pass None."
-            )
-        return by_splash(q, k, v, queries, keys)
-    blockwise = partial(blockwise_attention, **settings, **dropped)
-    forms: dict[str, Callable[..., Array]] = {"default": blockwise}
-    if backend is None and may_run_on("cuda"):
-        large = partial(blockwise, blocks=(LARGE_BLOCK, LARGE_BLOCK))
-        forms["cuda"] = by_cudnn if for_cudnn else large
-    if backend is None and may_run_on("tpu") and for_splash:
-        forms["tpu"] = by_splash
-    # Only where there are such devices, since tracing two forms and their gradients takes its time.
-    return by_platform(q, k, v, queries, keys, **forms)
-
-
-def dense_attention(
-    q: Float[Array, "batch heads q_seq head_dim"],
-    k: Float[Array, "batch kv_heads kv_seq head_dim"],
-    v: Float[Array, "batch kv_heads kv_seq head_dim"],
-    queries: TokenPositions,
-    keys: TokenPositions,
-    *,
-    chunk_size: int | None,
-    scale: float,
-    dropout_rate: float = 0.0,
-    axis_names: AxisNames = (),
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "batch heads q_seq head_dim"]:
-    """`attention` with all scores at once: faster for small problems, and the oracle of the
-    blockwise form (whose dropout is the same if it has a single pair of blocks)."""
-    settings = _Settings(chunk_size, scale, dropout_rate)
-    rows, row_tokens = _fold(q, queries, k.shape[1])
-    scores = _scores(settings, rows, k, row_tokens, keys)
-    top = lax.stop_gradient(scores.max(-1, keepdims=True, initial=LOWEST))
-    top = lax.pmax(top, axis_names) if axis_names else top
-    weights = jnp.exp(scores - top)
-    total = psum_over(weights.sum(-1, keepdims=True), axis_names)
-    dropped = _drop(settings, weights, key, 0, 0).astype(v.dtype)
-    out = psum_over(_product("bkrs,bksd->bkrd", dropped, v), axis_names)
-    out /= jnp.where(total == 0, 1, total)
-    return _unfold(out.astype(q.dtype), q.shape[1])
 
 
 def blockwise_attention(
@@ -151,49 +38,41 @@ def blockwise_attention(
 
     Has no forward-mode derivative.
     """
-    rows, row_tokens = _fold(q, queries, k.shape[1])
+    scoring = Scoring(chunk_size, scale, dropout_rate)
+    out = _blockwise(scoring, *into_blocks(q, k, v, queries, keys, blocks), key)
+    return from_blocks(out, q)
+
+
+def into_blocks(
+    q: Float[Array, "batch heads q_seq head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    v: Float[Array, "batch kv_heads kv_seq head_dim"],
+    queries: TokenPositions,
+    keys: TokenPositions,
+    blocks: tuple[int, int],
+) -> tuple[Array, Array, Array, TokenPositions, TokenPositions]:
+    """The operands of `forward`, in blocks along a new first axis; the last ones are padded."""
+    rows, row_tokens = fold(q, queries, k.shape[1])
     row_block = _block(q.shape[2], blocks[0]) * (q.shape[1] // k.shape[1])
     kv_block = _block(k.shape[2], blocks[1])
-    out = _blockwise(
-        _Settings(chunk_size, scale, dropout_rate),
-        _into_blocks(rows, row_block, axis=2),
-        _into_blocks(k, kv_block, axis=2),
-        _into_blocks(v, kv_block, axis=2),
-        jax.tree.map(lambda x: _into_blocks(x, row_block, axis=1, fill=-1), row_tokens),
-        jax.tree.map(lambda x: _into_blocks(x, kv_block, axis=1, fill=-1), keys),
-        key,
+    return (
+        _cut(rows, row_block, axis=2),
+        _cut(k, kv_block, axis=2),
+        _cut(v, kv_block, axis=2),
+        jax.tree.map(lambda x: _cut(x, row_block, axis=1, fill=-1), row_tokens),
+        jax.tree.map(lambda x: _cut(x, kv_block, axis=1, fill=-1), keys),
     )
-    out = jnp.moveaxis(out, 0, 2).reshape(*rows.shape[:2], -1, rows.shape[-1])
-    return _unfold(out[:, :, : rows.shape[2]], q.shape[1])
 
 
-class _Settings(eqx.Module):
-    chunk_size: int | None = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
-    dropout_rate: float = eqx.field(static=True)
-
-
-def _fold(
-    q: Float[Array, "batch heads q_seq head_dim"], queries: TokenPositions, kv_heads: int
-) -> tuple[Array, TokenPositions]:
-    """Folds the query heads that share a key head into the rows of one head."""
+def from_blocks(
+    out: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    q: Float[Array, "batch heads q_seq head_dim"],
+) -> Float[Array, "batch heads q_seq head_dim"]:
+    """What `forward` makes of the queries' blocks, with the axes of the queries."""
     batch, heads, q_seq, head_dim = q.shape
-    if heads % kv_heads:
-        raise ValueError(
-            f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}: "
-            "give k and v a head for each equal group of query heads"
-        )
-    group = heads // kv_heads
-    rows = q.reshape(batch, kv_heads, group, q_seq, head_dim).swapaxes(2, 3)
-    rows = rows.reshape(batch, kv_heads, q_seq * group, head_dim)
-    return rows, jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), queries)
-
-
-def _unfold(rows: Array, heads: int) -> Float[Array, "batch heads q_seq head_dim"]:
-    batch, kv_heads, count, head_dim = rows.shape
-    group = heads // kv_heads
-    out = rows.reshape(batch, kv_heads, count // group, group, head_dim).swapaxes(2, 3)
-    return out.reshape(batch, heads, count // group, head_dim)
+    kv_heads = out.shape[2]
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, kv_heads, -1, head_dim)
+    return unfold(out[:, :, : q_seq * heads // kv_heads], heads)
 
 
 def _block(length: int, limit: int) -> int:
@@ -203,7 +82,7 @@ def _block(length: int, limit: int) -> int:
     return min(-(-even // 16) * 16, limit, length)
 
 
-def _into_blocks(x: Array, block: int, axis: int, fill: int = 0) -> Array:
+def _cut(x: Array, block: int, axis: int, fill: int = 0) -> Array:
     """Splits an axis into blocks, the last one padded; the blocks' axis comes first."""
     padding = [(0, -size % block if i == axis else 0) for i, size in enumerate(x.shape)]
     x = jnp.pad(x, padding, constant_values=fill)
@@ -212,26 +91,6 @@ def _into_blocks(x: Array, block: int, axis: int, fill: int = 0) -> Array:
 
 def _at(tokens: TokenPositions, j: Int[Array, ""]) -> TokenPositions:
     return jax.tree.map(lambda x: x[j], tokens)
-
-
-def _product(subscripts: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
-
-
-def _scores(
-    settings: _Settings, q: Array, k: Array, queries: TokenPositions, keys: TokenPositions
-) -> Array:
-    mask = attention_mask(queries, keys, settings.chunk_size)[:, None]
-    return jnp.where(mask, _product("bkrd,bksd->bkrs", q, k) * settings.scale, -jnp.inf)
-
-
-def _drop(
-    settings: _Settings, x: Array, key: PRNGKeyArray | None, i: int | Array, j: int | Array
-) -> Array:
-    """Dropout in a pair of blocks: the same entries each time that the pair is computed."""
-    if key is not None:
-        key = jax.random.fold_in(jax.random.fold_in(key, i), j)
-    return dropout(x, settings.dropout_rate, key)
 
 
 def _visits(
@@ -260,48 +119,77 @@ def _visits(
     return jnp.argsort(~visit, axis=-1, stable=True), visit.sum(-1)
 
 
-@jax.custom_vjp
-def _blockwise(
-    settings: _Settings,
+def forward(
+    scoring: Scoring,
     q: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
     k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
     v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
     queries: TokenPositions,
     keys: TokenPositions,
     key: PRNGKeyArray | None,
-) -> Float[Array, "q_blocks batch kv_heads q_block head_dim"]:
-    return _forward(settings, q, k, v, queries, keys, key)[0]
+) -> tuple[
+    Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    Float[Array, "q_blocks batch kv_heads q_block"],
+]:
+    """The attention's output, and the logsumexp of each row's scores."""
 
-
-def _forward(settings, q, k, v, queries, keys, key):
     def attend(block):
         i, q_i, queries_i, visits, count = block
 
         def visit(n, state):
             out, top, total = state
             j = visits[n]
-            scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
+            scores = scoring.scores(q_i, k[j], queries_i, _at(keys, j))
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
             total = total * shrink + weights.sum(-1, keepdims=True)
-            dropped = _drop(settings, weights, key, i, j).astype(v.dtype)
-            out = out * shrink + _product("bkrs,bksd->bkrd", dropped, v[j])
+            dropped = scoring.drop(weights, key, i, j).astype(v.dtype)
+            out = out * shrink + product("bkrs,bksd->bkrd", dropped, v[j])
             return out, new_top, total
 
         zeros = jnp.zeros_like(q_i[..., :1], jnp.float32)
         start = jnp.zeros_like(q_i, jnp.float32), zeros + LOWEST, zeros
         out, top, total = lax.fori_loop(0, count, visit, start)
         total = jnp.where(total == 0, 1, total)
-        return (out / total).astype(q.dtype), top + jnp.log(total)
+        return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
 
-    visits = _visits(queries, keys, settings.chunk_size)
-    out, logsumexp = lax.map(attend, (jnp.arange(q.shape[0]), q, queries, *visits))
-    out, logsumexp = save_residual((out, logsumexp))
-    return out, (settings, q, k, v, queries, keys, key, out, logsumexp)
+    visits = _visits(queries, keys, scoring.chunk_size)
+    return lax.map(attend, (jnp.arange(q.shape[0]), q, queries, *visits))
 
 
-def _backward(residuals, d_out):
-    settings, q, k, v, queries, keys, key, out, logsumexp = residuals
+class KeyGradients(NamedTuple):
+    """Gradients of keys and values in float32, transposed: this is the faster product on CPUs."""
+
+    k: Float[Array, "kv_blocks batch kv_heads head_dim kv_block"]
+    v: Float[Array, "kv_blocks batch kv_heads head_dim kv_block"]
+
+    @classmethod
+    def zeros(cls, k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"]) -> "KeyGradients":
+        zeros = jnp.zeros_like(k.swapaxes(-1, -2), jnp.float32)
+        return cls(zeros, zeros)
+
+    def like(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """The gradients with the axes and dtypes of keys and values."""
+        return self.k.swapaxes(-1, -2).astype(k.dtype), self.v.swapaxes(-1, -2).astype(v.dtype)
+
+
+def backward(
+    scoring: Scoring,
+    q: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    queries: TokenPositions,
+    keys: TokenPositions,
+    key: PRNGKeyArray | None,
+    out: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    logsumexp: Float[Array, "q_blocks batch kv_heads q_block"],
+    d_out: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    d_kv: KeyGradients,
+) -> tuple[Float[Array, "q_blocks batch kv_heads q_block head_dim"], KeyGradients]:
+    """The gradients of the queries, and those of keys and values added to `d_kv`.
+
+    The keys may be some of those that `out` and `logsumexp` are of.
+    """
 
     def attend(d_kv, block):
         i, q_i, queries_i, out_i, logsumexp_i, d_out_i, visits, count = block
@@ -309,29 +197,50 @@ def _backward(residuals, d_out):
         mean = (out_i.astype(jnp.float32) * d_out_i.astype(jnp.float32)).sum(-1, keepdims=True)
 
         def visit(n, state):
-            d_q_i, d_k, d_v = state
+            d_q_i, d_kv = state
             j = visits[n]
-            scores = _scores(settings, q_i, k[j], queries_i, _at(keys, j))
-            weights = jnp.exp(scores - logsumexp_i)
-            dropped = _drop(settings, weights, key, i, j).astype(v.dtype)
-            d_weights = _drop(settings, _product("bkrd,bksd->bkrs", d_out_i, v[j]), key, i, j)
-            d_scores = (weights * (d_weights - mean) * settings.scale).astype(q.dtype)
-            d_q_i += _product("bkrs,bksd->bkrd", d_scores, k[j])
-            d_k = d_k.at[j].add(_product("bkrs,bkrd->bkds", d_scores, q_i))
-            d_v = d_v.at[j].add(_product("bkrs,bkrd->bkds", dropped, d_out_i))
-            return d_q_i, d_k, d_v
+            scores = scoring.scores(q_i, k[j], queries_i, _at(keys, j))
+            weights = jnp.exp(scores - logsumexp_i[..., None])
+            dropped = scoring.drop(weights, key, i, j).astype(v.dtype)
+            d_weights = scoring.drop(product("bkrd,bksd->bkrs", d_out_i, v[j]), key, i, j)
+            d_scores = (weights * (d_weights - mean) * scoring.scale).astype(q.dtype)
+            d_k = d_kv.k.at[j].add(product("bkrs,bkrd->bkds", d_scores, q_i))
+            d_v = d_kv.v.at[j].add(product("bkrs,bkrd->bkds", dropped, d_out_i))
+            return d_q_i + product("bkrs,bksd->bkrd", d_scores, k[j]), KeyGradients(d_k, d_v)
 
-        start = jnp.zeros_like(q_i, jnp.float32), *d_kv
-        d_q_i, *d_kv = lax.fori_loop(0, count, visit, start)
-        return tuple(d_kv), d_q_i.astype(q.dtype)
+        start = jnp.zeros_like(q_i, jnp.float32), d_kv
+        d_q_i, d_kv = lax.fori_loop(0, count, visit, start)
+        return d_kv, d_q_i.astype(q.dtype)
 
-    visits = _visits(queries, keys, settings.chunk_size)
+    visits = _visits(queries, keys, scoring.chunk_size)
     blocks = jnp.arange(q.shape[0]), q, queries, out, logsumexp, d_out, *visits
-    # The derivatives of k and v are kept transposed: this is the faster product on CPUs.
-    zeros = jnp.zeros_like(k.swapaxes(-1, -2), jnp.float32)
-    (d_k, d_v), d_q = lax.scan(attend, (zeros, zeros), blocks)
-    d_k, d_v = d_k.swapaxes(-1, -2).astype(k.dtype), d_v.swapaxes(-1, -2).astype(v.dtype)
-    return None, d_q, d_k, d_v, None, None, None
+    d_kv, d_q = lax.scan(attend, d_kv, blocks)
+    return d_q, d_kv
+
+
+@jax.custom_vjp
+def _blockwise(
+    scoring: Scoring,
+    q: Float[Array, "q_blocks batch kv_heads q_block head_dim"],
+    k: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    v: Float[Array, "kv_blocks batch kv_heads kv_block head_dim"],
+    queries: TokenPositions,
+    keys: TokenPositions,
+    key: PRNGKeyArray | None,
+) -> Float[Array, "q_blocks batch kv_heads q_block head_dim"]:
+    return forward(scoring, q, k, v, queries, keys, key)[0]
+
+
+def _forward(*operands):
+    out, logsumexp = save_residual(forward(*operands))
+    return out, (*operands, out, logsumexp)
+
+
+def _backward(residuals, d_out):
+    scoring, q, k, v, queries, keys, key, out, logsumexp = residuals
+    d_kv = KeyGradients.zeros(k)
+    d_q, d_kv = backward(scoring, q, k, v, queries, keys, key, out, logsumexp, d_out, d_kv)
+    return None, d_q, *d_kv.like(k, v), None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama4_eqx.layers.blockwise import _visits, attention, blockwise_attention, dense_attention
+from llama4_eqx.layers.attention_core import attention
+from llama4_eqx.layers.blockwise import _visits, blockwise_attention
+from llama4_eqx.layers.dense_attention import dense_attention
 from llama4_eqx.layers.mask import TokenPositions, attention_mask, token_positions
 from tests.toys import relative_error
 

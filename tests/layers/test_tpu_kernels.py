@@ -11,7 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from llama4_eqx.layers import megablox
-from llama4_eqx.layers.blockwise import attention, dense_attention
+from llama4_eqx.layers.attention_core import attention
+from llama4_eqx.layers.dense_attention import dense_attention
 from llama4_eqx.layers.grouped import grouped_mlp
 from llama4_eqx.layers.grouped_products import RAGGED
 from llama4_eqx.layers.mask import token_positions
