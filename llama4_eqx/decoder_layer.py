@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from llama4_eqx.config import TextConfig
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
 from llama4_eqx.layers.context import Context
-from llama4_eqx.layers.interfaces import FeedForward, SequenceMixer
+from llama4_eqx.layers.interfaces import FeedForward, SequenceMixer, takes_row_shards
 from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
@@ -74,6 +74,11 @@ class DecoderLayer(eqx.Module):
                 dtype=dtype,
                 key=feed_forward_key,
             )
+
+    @property
+    def takes_row_shards(self) -> bool:
+        """Whether both parts take rows sharded for sequence parallelism."""
+        return takes_row_shards(self.self_attn) and takes_row_shards(self.feed_forward)
 
     @property
     def sites(self) -> dict[str, str]:

@@ -119,9 +119,8 @@ class Llama4(eqx.Module):
         `image_embeddings`, as `encode_images` returns them, can be passed instead. With a `cache`,
         the tokens continue what it holds. A `probe` reads and changes what is computed inside.
         `backends` choose how attention and experts are computed. With a `key`, dropout is on.
-        `remat` says what of each
-        layer the backward pass recomputes: all but its matrix products (`"dots"`), everything
-        (`"full"`), or nothing (`"none"`).
+        `remat` says what of each layer the backward pass recomputes: all but its matrix products
+        (`"dots"`), everything (`"full"`), or nothing (`"none"`).
 
         Raises a `ValueError` for arguments that exclude each other, and at run time for a token
         outside the vocabulary, a number of image tokens that differs from the images' features, and

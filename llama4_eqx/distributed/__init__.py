@@ -10,6 +10,7 @@ from llama4_eqx.distributed.rules import DATA as DATA
 from llama4_eqx.distributed.rules import EXPERT_ALL_TO_ALL as EXPERT_ALL_TO_ALL
 from llama4_eqx.distributed.rules import EXPERT_REPLICATED_TOKENS as EXPERT_REPLICATED_TOKENS
 from llama4_eqx.distributed.rules import FSDP as FSDP
+from llama4_eqx.distributed.rules import SEQUENCE as SEQUENCE
 from llama4_eqx.distributed.rules import TENSOR as TENSOR
 from llama4_eqx.distributed.rules import Rules as Rules
 from llama4_eqx.distributed.rules import RulesLike as RulesLike

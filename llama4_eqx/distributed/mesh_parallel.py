@@ -9,6 +9,8 @@ shard of the parameters. Which axes are sharded is read off the rules; the colle
   devices along them hold the same tokens, and the experts' outputs are all-reduced;
 - along a sharded `seq`, global layers all-gather keys and values, and chunk-local layers need none
   if every chunk lies on one device;
+- rows sharded along the `residual` stream are gathered for attention and feed-forward networks,
+  whose results are reduce-scattered instead of all-reduced;
 - over a cache's sharded `slots`, each device attends to its own, and the softmax is all-reduced.
 
 Tokens that can't be sharded evenly, such as the one of a decoding step, are replicated.
@@ -44,7 +46,7 @@ from llama4_eqx.vision import VisionModel
 
 T = TypeVar("T")
 # What isn't an axis of parameters, or is never sharded while a layer runs.
-_NOT_STORED = {"batch", "seq", "slots", "layers"}
+_NOT_STORED = {"batch", "seq", "residual", "slots", "layers"}
 
 
 class MeshParallel(Parallel):
@@ -59,10 +61,9 @@ class MeshParallel(Parallel):
         # If the table's hidden axis is sharded along the tokens' mesh axes, devices exchange their
         # tokens' ids and embeddings by all-to-all, which is less than gathering the table.
         lead = self._token_axes(tokens.shape)
-        mesh_axes = self._mesh_axes(lead)
+        mesh_axes, vocab_axes = self._vocab_parallel(lead, tokens.shape[-1])
         vocab, hidden = self.rules["vocab"], self.rules["hidden"]
         hidden_axes = hidden if set(hidden) <= set(mesh_axes.tokens) else ()
-        vocab_axes = self._vocab_axes(mesh_axes)
 
         def local(table, tokens):
             table = pvary(table, mesh_axes.tokens)
@@ -77,10 +78,10 @@ class MeshParallel(Parallel):
                 found = table[ids]
             if hidden_axes:
                 found = lax.all_to_all(found, hidden_axes, 0, found.ndim - 1, tiled=True)
-            return psum_over(found[0], vocab_axes)
+            return mesh_axes.sum_rows(found[0], vocab_axes)
 
         in_specs = P(vocab or None, hidden or None), P(*lead)
-        return self._shard_map(local, in_specs, P(*lead, None))(table, tokens)
+        return self._shard_map(local, in_specs, _stream(lead, mesh_axes))(table, tokens)
 
     def decode(
         self,
@@ -93,27 +94,32 @@ class MeshParallel(Parallel):
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         lead = self._token_axes(x.shape[:-1])
-        mesh_axes = self._mesh_axes(lead, slots=0 if cache is None else _common_slots(cache))
+        slots = 0 if cache is None else _common_slots(cache)
+        mesh_axes = self._mesh_axes(lead, x.shape[-2], slots=slots)
+        probe = context.execution.sites.probe
+        if probe.read or probe.edit or not _take_row_shards(decoder):  # a probe sees whole rows
+            mesh_axes = replace(mesh_axes, residual=())
         decoder = self._merged(decoder)
         arrays, static = eqx.partition(decoder, eqx.is_array)
 
         def local(arrays, x, tokens, rotation, span, cache, key):
             # Here, so that gradients are summed once for all layers, not in each.
-            decoder = eqx.combine(pvary(arrays, mesh_axes.tokens), static)
+            arrays = pvary(arrays, (*mesh_axes.tokens, *mesh_axes.residual))
+            decoder = eqx.combine(arrays, static)
             execution = replace(context.execution, mesh_axes=mesh_axes)
             local_context = Context(tokens, rotation, span, execution)
             return decoder(x, local_context, cache, remat=remat, key=key)
 
         cached = None if cache is None else _cache_specs(decoder, cache, lead, mesh_axes)
-        words, read = decoder.sites(), context.execution.sites.probe.read
+        words, read = decoder.sites(), probe.read
         reading_specs = {
             site: P(None, *(a or None for a in value_axes(words[site], len(lead) - 1, mesh_axes)))
             for site in words
             if site in read
         }
-        of_token, of_row = P(*lead), P(*lead[:-1])
-        in_specs = self._specs(decoder), of_token, of_token, of_token, of_row, cached, P()
-        out_specs = of_token, cached, {"router_logits": P(None, *lead)} | reading_specs
+        stream, of_token, of_row = _stream(lead, mesh_axes), P(*lead), P(*lead[:-1])
+        in_specs = self._specs(decoder), stream, of_token, of_token, of_row, cached, P()
+        out_specs = stream, cached, {"router_logits": P(None, *stream)} | reading_specs
         run = self._shard_map(local, in_specs, out_specs)
         return run(arrays, x, context.tokens, context.rotation, context.span, cache, key)
 
@@ -121,16 +127,14 @@ class MeshParallel(Parallel):
         self, hidden: Float[Array, "*batch hidden"], head: Float[Array, "vocab hidden"] | Quantized
     ) -> Float[Array, "*batch vocab"]:
         lead = self._token_axes(hidden.shape[:-1])
-        mesh_axes = self._mesh_axes(lead)
-        vocab_axes = self._vocab_axes(mesh_axes)
-
+        mesh_axes, vocab_axes = self._vocab_parallel(lead, hidden.shape[-2])
         wide = _has_columns(head)
 
         def local(hidden, head):
             own = self._head(head, wide, mesh_axes, vocab_axes)
-            return linear(pvary(hidden, vocab_axes), own)
+            return linear(mesh_axes.gather_rows(hidden, vocab_axes), own)
 
-        in_specs = P(*lead, None), self._head_spec(wide)
+        in_specs = _stream(lead, mesh_axes), self._head_spec(wide)
         return self._shard_map(local, in_specs, P(*lead, vocab_axes or None))(hidden, head)
 
     def token_sums(
@@ -142,17 +146,16 @@ class MeshParallel(Parallel):
         head: Float[Array, "vocab hidden"],
     ) -> T:
         lead = self._token_axes(labels.shape)
-        mesh_axes = self._mesh_axes(lead)
-        vocab_axes = self._vocab_axes(mesh_axes)
-
+        mesh_axes, vocab_axes = self._vocab_parallel(lead, labels.shape[-1])
         wide = _has_columns(head)
 
         def local(hidden, labels, weights, head):
             head = self._head(head, wide, mesh_axes, vocab_axes)
-            found = sums(pvary(hidden, vocab_axes), labels, weights, head, vocab_axes)
+            hidden = mesh_axes.gather_rows(hidden, vocab_axes)
+            found = sums(hidden, labels, weights, head, vocab_axes)
             return jax.tree.map(lambda x: psum_over(x, mesh_axes.tokens), found)
 
-        in_specs = P(*lead, None), P(*lead), P(*lead), self._head_spec(wide)
+        in_specs = _stream(lead, mesh_axes), P(*lead), P(*lead), self._head_spec(wide)
         return self._shard_map(local, in_specs, P())(hidden, labels, weights, head)
 
     def encode_images(
@@ -197,7 +200,10 @@ class MeshParallel(Parallel):
         axes += [()] * (len(batch) - 1) + [self._fitting("seq", seq)]
         return tuple(one or None for one in axes)
 
-    def _mesh_axes(self, lead: tuple[AxisNames | None, ...], *, slots: int = 0) -> MeshAxes:
+    def _mesh_axes(
+        self, lead: tuple[AxisNames | None, ...], row: int, *, slots: int = 0
+    ) -> MeshAxes:
+        """For rows of `row` tokens and caches of `slots`."""
         tokens = tuple(axis for axes in lead for axis in axes or ())
         fsdp_axes = {word: self.rules[word] for word in self.rules if word not in _NOT_STORED}
 
@@ -207,13 +213,16 @@ class MeshParallel(Parallel):
         heads = ()
         if self.rules["heads"] == self.rules["kv_heads"]:
             heads = tensor_parallel("heads") and tensor_parallel("kv_heads")
+        seq, ff, residual = lead[-1] or (), tensor_parallel("ff"), self.rules["residual"]
+        even = row % math.prod(self.mesh.shape[axis] for axis in (*seq, *residual)) == 0
         return MeshAxes(
             tokens=tokens,
-            seq=lead[-1] or (),
+            seq=seq,
             heads=heads,
-            ff=tensor_parallel("ff"),
+            ff=ff,
             experts=fsdp_axes.pop("experts", ()),
             slots=self._fitting("slots", slots) if slots else (),
+            residual=residual if even and heads == ff == residual else (),
             fsdp_axes=tuple(fsdp_axes.items()),
         )
 
@@ -238,10 +247,17 @@ class MeshParallel(Parallel):
         shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._specs(decoder))
         return lax.with_sharding_constraint(decoder, shardings)
 
-    def _vocab_axes(self, mesh_axes: MeshAxes) -> AxisNames:
-        """The mesh axes along which each device computes with its shard of the vocabulary."""
-        axes = self.rules["vocab"]
-        return () if set(axes) & set(mesh_axes.tokens) else axes
+    def _vocab_parallel(
+        self, lead: tuple[AxisNames | None, ...], row: int
+    ) -> tuple[MeshAxes, AxisNames]:
+        """For rows of `row` tokens; and the mesh axes along which each device computes with its
+        shard of the vocabulary."""
+        mesh_axes, vocab_axes = self._mesh_axes(lead, row), self.rules["vocab"]
+        if set(vocab_axes) & set(mesh_axes.tokens):
+            vocab_axes = ()
+        if mesh_axes.residual != vocab_axes:
+            mesh_axes = replace(mesh_axes, residual=())
+        return mesh_axes, vocab_axes
 
     def _head_spec(self, wide: PyTree) -> PyTree:
         vocab, hidden = self.rules["vocab"] or None, self.rules["hidden"] or None
@@ -254,6 +270,15 @@ class MeshParallel(Parallel):
             return x if vocab_axes else mesh_axes.all_gather(x, self.rules["vocab"], axis=0)
 
         return jax.tree.map(gather, head, wide)
+
+
+def _stream(lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes) -> P:
+    """The partition spec of the residual stream."""
+    return P(*lead[:-1], (*mesh_axes.seq, *mesh_axes.residual) or None)
+
+
+def _take_row_shards(decoder: Decoder) -> bool:
+    return all(layer.takes_row_shards for block in decoder.blocks for layer in block.layers)
 
 
 def _has_columns(head: Array | Quantized) -> PyTree:

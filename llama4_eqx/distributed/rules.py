@@ -98,6 +98,19 @@ head: `(4 · layers + 2) · 2 · o · T · hidden · b`. Operations per byte:
 on the tokens.
 """
 
+SEQUENCE = Rules(residual="tensor")
+"""Sequence parallelism, for `TENSOR | SEQUENCE`: between attention and feed-forward networks each
+device along TENSOR's axis has a shard of every sequence, so that norms and residuals aren't
+repeated, and what a layer leaves for the backward pass is divided among them.
+
+Reduce-scatters and all-gathers where TENSOR all-reduces, and gathers each layer's inputs once more
+for the backward pass: `(10 · layers + 4) · o · T · hidden · b`; and all-reduces the gradients of
+norms and routers: `2 · o · (layers · (2 + experts) + 1) · hidden · b`.
+
+Does nothing where a row can't be divided evenly, such as at a decoding step; under a probe, which
+sees whole rows; and if a layer has a part that doesn't say `takes_row_shards`.
+"""
+
 EXPERT_REPLICATED_TOKENS = Rules(experts="expert")
 """Expert parallelism with replicated tokens: every device has a shard of the experts. Its axis
 doesn't shard the batch: devices along it have the same tokens and all-reduce their experts'
@@ -122,7 +135,8 @@ any number of devices.
 CONTEXT = Rules(seq="context", slots="context")
 """Context parallelism: every device has a shard of every sequence, and of a cache's slots.
 
-Gathers the keys and values of each global layer twice, and reduce-scatters their gradients once:
+Gathers the keys and values of each global layer twice, and reduce-scatters their gradients once
+(those of very long rows are sent round instead: see `Backends`):
 `3 · 2 · (n - 1) · T · kv_heads · head_dim · b`; nothing for a chunk-local layer if every chunk lies
 on one device; and all-reduces the gradients as DATA does. Attention's operations per byte:
 `n · T · heads / ((n - 1) · kv_heads · b)`, on any number of devices.

@@ -113,7 +113,8 @@ def with_mesh(tree: T, mesh: Mesh, rules: RulesLike) -> T:
     they are.
 
     Raises a `ValueError` for a mesh axis that isn't there, if only some of the experts' mesh axes
-    shard the tokens, and for unstacked experts.
+    shard the tokens, if the residual stream is sharded otherwise than heads and inner features, and
+    for unstacked experts.
     """
     if any(map(is_unstacked, jax.tree.leaves(tree, is_leaf=is_unstacked))):
         raise ValueError(
@@ -129,6 +130,12 @@ def with_mesh(tree: T, mesh: Mesh, rules: RulesLike) -> T:
         raise ValueError(
             f"experts are sharded along {', '.join(sorted(experts))}, of which some shard the "
             "tokens, but not all shard the batch: let all of them shard the batch, or none."
+        )
+    residual = rules["residual"]
+    if residual and not residual == rules["heads"] == rules["kv_heads"] == rules["ff"]:
+        raise ValueError(
+            f"residual is sharded along {', '.join(residual)}, along which heads, kv_heads and ff "
+            "must be sharded, too, and along no other: pass TENSOR | SEQUENCE."
         )
     return _with_parallel(tree, MeshParallel(mesh, rules))
 

@@ -20,8 +20,6 @@ from llama4_eqx.layers.collectives import (
     AxisNames,
     MeshAxes,
     fold_in_axis_index,
-    psum_over,
-    pvary,
     varying_axes,
 )
 from llama4_eqx.layers.context import Context
@@ -79,6 +77,7 @@ class Attention(SequenceMixer):
     qk_norm_eps: float | None = eqx.field(static=True)
     temperature: TemperatureTuning | None
     dropout: float = eqx.field(static=True)
+    takes_row_shards: ClassVar[bool] = True
     sites: ClassVar[dict[str, str]] = {
         "q": "*batch seq heads head_dim",
         "k": "*batch seq kv_heads head_dim",
@@ -130,7 +129,7 @@ class Attention(SequenceMixer):
     ) -> tuple[Float[Array, "*batch seq hidden"], LayerCache | None]:
         """The layer's output, and its cache with these tokens stored."""
         mesh_axes, sites = context.execution.mesh_axes, context.execution.sites
-        x = pvary(x, mesh_axes.heads)
+        x = mesh_axes.gather_rows(x, mesh_axes.heads)
         q = project(x, self.q_proj, self.q_bias)
         k = project(x, self.k_proj, self.k_bias)
         v = project(x, self.v_proj, self.v_bias)
@@ -185,7 +184,7 @@ class Attention(SequenceMixer):
                 out = run(*operands, axis_names=axis_names, own_keys=own_keys)
         out = sites("head_out", jnp.swapaxes(out, -2, -3))
         out = unproject(out, self.o_proj, None)
-        out = psum_over(out, mesh_axes.heads)
+        out = mesh_axes.sum_rows(out, mesh_axes.heads)
         return out if self.o_bias is None else out + self.o_bias, cache
 
     def empty_cache(self, batch_shape: tuple[int, ...], capacity: int) -> LayerCache:

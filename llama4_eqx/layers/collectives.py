@@ -27,8 +27,10 @@ class MeshAxes:
     """The mesh axes that shard a layer's work, by what they shard.
 
     `tokens` shard the batch and the sequence, `seq` (a part of `tokens`) the sequence alone; then
-    `heads`, inner features `ff`, `experts`, and `slots` of caches. `fsdp_axes` holds, by axis word,
-    those that shard parameters in storage only: these are all-gathered layer by layer for use.
+    `heads`, inner features `ff`, `experts`, and `slots` of caches. `residual` shard the sequence
+    further between attention and feed-forward networks, which `heads` and `ff` are then the same as
+    (sequence parallelism, https://arxiv.org/abs/2205.05198). `fsdp_axes` holds, by axis word, those
+    that shard parameters in storage only: these are all-gathered layer by layer for use.
     """
 
     tokens: AxisNames = ()
@@ -37,6 +39,7 @@ class MeshAxes:
     ff: AxisNames = ()
     experts: AxisNames = ()
     slots: AxisNames = ()
+    residual: AxisNames = ()
     fsdp_axes: tuple[tuple[str, AxisNames], ...] = ()
 
     def all_gather(
@@ -47,10 +50,27 @@ class MeshAxes:
         Along mesh axes that shard the tokens, each device uses the result for its own tokens, so
         the gradient is reduce-scattered; not if the result is `shared`, used equally by all.
         """
+        sharded = (*self.tokens, *self.residual)
         for name in reversed(axis_names):
-            to = "varying" if name in self.tokens and not shared else "invarying"
+            to = "varying" if name in sharded and not shared else "invarying"
             x = lax.all_gather(x, name, axis=axis % x.ndim, tiled=True, to=to)
         return x
+
+    def gather_rows(self, x: Array, axis_names: AxisNames) -> Array:
+        """A layer's input, of `"*batch seq features"`, for use in different ways by the devices
+        along its `heads` or `ff`: gathered if it is sharded along them."""
+        if axis_names and self.residual:
+            return self.all_gather(x, self.residual, axis=-2)
+        return pvary(x, axis_names)
+
+    def sum_rows(self, x: Array, axis_names: AxisNames) -> Array:
+        """The sum of such devices' results, `"*batch seq hidden"`; of a gathered input's, each
+        device gets its own rows of it."""
+        if not (axis_names and self.residual):
+            return psum_over(x, axis_names)
+        for name in self.residual:
+            x = lax.psum_scatter(x, name, scatter_dimension=x.ndim - 2, tiled=True)
+        return save_residual(x)
 
     def gather_params(self, module: T) -> T:
         """The module with its FSDP-sharded parameters all-gathered."""

@@ -16,9 +16,14 @@ class SequenceMixer(eqx.Module):
     `sites` lists what it shows to a probe through `context.execution.sites`, with the axes. Arrays
     of the parameters and of the cache are annotated with axis words, which say how they are
     sharded: a cache's begin with `*batch`.
+
+    `takes_row_shards` says that its `__call__` gathers rows that are sharded along
+    `mesh_axes.residual`, and returns such: by `mesh_axes.gather_rows` and `sum_rows`. Where a layer
+    has a part that doesn't, rows aren't sharded so.
     """
 
     sites: ClassVar[dict[str, str]] = {}
+    takes_row_shards: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -44,13 +49,22 @@ class SequenceMixer(eqx.Module):
 class FeedForward(eqx.Module):
     """Works on each token by itself: an MLP, a mixture of experts, or whatever takes its place.
 
-    `sites` lists what it shows to a probe through `execution.sites`, with the axes.
+    `sites` lists what it shows to a probe through `execution.sites`, with the axes. For
+    `takes_row_shards` see `SequenceMixer`.
     """
 
     sites: ClassVar[dict[str, str]] = {}
+    takes_row_shards: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
         self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "*batch hidden"], Float[Array, "*batch experts"] | None]:
         """The output, and the router's logits if there is a router."""
+
+
+def takes_row_shards(module: SequenceMixer | FeedForward) -> bool:
+    """Whether the class says so that defines the module's `__call__`: a subclass with a `__call__`
+    of its own must say it anew."""
+    definer = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
+    return bool(vars(definer).get("takes_row_shards", False))

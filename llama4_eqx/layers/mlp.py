@@ -1,12 +1,13 @@
 """The dense feed-forward network."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from llama4_eqx.layers.activation import Activation, gated_product, silu
-from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.interfaces import FeedForward
@@ -20,6 +21,7 @@ class MLP(FeedForward):
     up_proj: Float[Array, "ff hidden"]
     down_proj: Float[Array, "hidden ff"]
     activation: Activation = eqx.field(static=True)
+    takes_row_shards: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class MLP(FeedForward):
         self, x: Float[Array, "*batch hidden"], *, execution: Execution = PLAIN
     ) -> tuple[Float[Array, "*batch hidden"], None]:
         mesh_axes = execution.mesh_axes
-        x = pvary(x, mesh_axes.ff)
+        x = mesh_axes.gather_rows(x, mesh_axes.ff)
         gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
         out = linear(gated_product(self.activation, gate, up), self.down_proj)
-        return psum_over(out, mesh_axes.ff), None
+        return mesh_axes.sum_rows(out, mesh_axes.ff), None

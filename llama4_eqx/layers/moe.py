@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.layers.activation import Activation, silu
-from llama4_eqx.layers.collectives import psum_over, pvary
 from llama4_eqx.layers.context import PLAIN, Execution
 from llama4_eqx.layers.dispatch import routed_experts
 from llama4_eqx.layers.initializers import normal
@@ -93,6 +92,7 @@ class MoE(FeedForward):
     expert_bias: Float[Array, "experts"] | None
     top_k: int = eqx.field(static=True)
     score: Activation = eqx.field(static=True)
+    takes_row_shards: ClassVar[bool] = True
     sites: ClassVar[dict[str, str]] = {
         "router_logits": "*batch seq experts",
         "expert_ids": "*batch seq top_k",
@@ -133,14 +133,16 @@ class MoE(FeedForward):
         router_weights = sites("router_weights", router_weights)
         # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce
         # them together.
-        x = pvary(x, mesh_axes.ff)
+        x, router_weights, expert_ids = (
+            mesh_axes.gather_rows(rows, mesh_axes.ff) for rows in (x, router_weights, expert_ids)
+        )
         partial_sums = Execution(replace(mesh_axes, ff=()), execution.backends)
         routed = self.experts(x, router_weights, expert_ids, execution=partial_sums)
         shared, _ = self.shared_expert(x, execution=partial_sums)
         if sites.probe.visits("expert_out"):
-            routed = sites("expert_out", psum_over(routed, mesh_axes.ff))
-            return psum_over(shared, mesh_axes.ff) + routed, router_logits
-        return psum_over(shared + routed, mesh_axes.ff), router_logits
+            routed = sites("expert_out", mesh_axes.sum_rows(routed, mesh_axes.ff))
+            return mesh_axes.sum_rows(shared, mesh_axes.ff) + routed, router_logits
+        return mesh_axes.sum_rows(shared + routed, mesh_axes.ff), router_logits
 
 
 def top_k_experts(

@@ -108,11 +108,12 @@ def _with_part(
         return make(old)
     find = part_at(part)
     try:
-        new = make(find(old))
+        old_part = find(old)
     except AttributeError as error:
         raise ValueError(
             f"Layer {number} has no part {part!r}: a DecoderLayer has {', '.join(vars(old))}."
         ) from error
+    new = make(old_part)
     *path, name = part.split(".")
     owner = part_at(".".join(path))(old) if path else old
     static = {field.name: bool(field.metadata.get("static")) for field in dataclasses.fields(owner)}

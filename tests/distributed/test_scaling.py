@@ -27,6 +27,7 @@ BATCHES = {
     "DATA": (4, 32),
     "FSDP": (4, 32),
     "TENSOR": (4, 32),
+    "TENSOR | SEQUENCE": (4, 256),
     "EXPERT_REPLICATED_TOKENS": (4, 32),
     "EXPERT_ALL_TO_ALL": (32, 32),
     "CONTEXT": (4, 32),
@@ -58,7 +59,9 @@ def make():
 
 found = {{}}
 for name, (rows, seq) in {BATCHES}.items():
-    rules = getattr(distributed, name)
+    rules = distributed.Rules()
+    for preset in name.split(" | "):
+        rules |= getattr(distributed, preset)
     (axis,) = {{axis for word in rules for axis in rules[word]}}
     mesh = jax.make_mesh((devices,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
     state = distributed.abstract_sharded(make, mesh, rules)
@@ -103,6 +106,13 @@ def test_bytes_sent_in_a_training_step(n):
         all_to_all=2 * o * tokens["FSDP"] * hidden * b,
     )
     check("TENSOR", all_reduce=(4 * layers + 2) * 2 * o * tokens["TENSOR"] * hidden * b)
+    rows = o * tokens["TENSOR | SEQUENCE"] * hidden * b
+    check(
+        "TENSOR | SEQUENCE",
+        all_gather=(6 * layers + 2) * rows,
+        reduce_scatter=(4 * layers + 2) * rows,
+        all_reduce=2 * o * (layers * (2 + experts) + 1) * hidden * b,
+    )
     check(
         "EXPERT_REPLICATED_TOKENS",
         all_reduce=layers * 4 * o * tokens["EXPERT_REPLICATED_TOKENS"] * hidden * b,

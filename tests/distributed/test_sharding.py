@@ -18,6 +18,7 @@ from llama4_eqx.distributed import (
     EXPERT_ALL_TO_ALL,
     EXPERT_REPLICATED_TOKENS,
     FSDP,
+    SEQUENCE,
     TENSOR,
     abstract_sharded,
     batch_sharding,
@@ -43,6 +44,10 @@ PRESETS = {
     "fsdp-expert": ({"fsdp": 2, "expert": 4}, FSDP | EXPERT_REPLICATED_TOKENS),
     "fsdp-tensor": ({"fsdp": 4, "tensor": 2}, FSDP | TENSOR),
     "exchange": ({"fsdp": 2, "expert": 2, "tensor": 2}, FSDP | TENSOR | EXPERT_ALL_TO_ALL),
+    "sequence": (
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        FSDP | CONTEXT | TENSOR | SEQUENCE,
+    ),
     "context": ({"data": 2, "tensor": 2, "context": 2}, DATA | TENSOR | CONTEXT),
 }
 
@@ -128,7 +133,8 @@ def test_what_is_held_and_sent(sizes, rules):
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(planned, rel=0.05)
 
     gathered = [one for one in collectives(program, mesh) if one.kind == "all-gather"]
-    assert {name for one in gathered for name in one.axes} <= {"fsdp", "context", "expert"}
+    rows_gathered = {"fsdp", "context", "expert"} | {*rules["residual"]}
+    assert {name for one in gathered for name in one.axes} <= rows_gathered
     sizes = {math.prod(one.shape): one.axes for one in gathered}
     hidden, experts = SMALL.hidden_size, SMALL.num_local_experts
     assert max(sizes, default=0) < rows * seq * hidden

@@ -127,6 +127,8 @@ def test_other_parts(model):
         replaced(model, "self_attn", Doubled, layers=12)
     with pytest.raises(ValueError, match="Layer 2 has no part 'attention': a DecoderLayer has"):
         replaced(model, "attention", Doubled, layers=2)
+    with pytest.raises(AttributeError, match="no attribute 'mistake'"):  # of the user's own
+        replaced(model, "self_attn", lambda old: old.mistake, layers=2)
 
 
 @pytest.mark.parametrize("form", ["stacked", "unstacked"])
