@@ -40,6 +40,7 @@ from llama4_eqx.distributed import (
     EXPERT_ALL_TO_ALL,
     EXPERT_REPLICATED_TOKENS,
     FSDP,
+    SEQUENCE,
     TENSOR,
     Collective,
     Rules,
@@ -121,10 +122,11 @@ def training(
     step = make_train_step(optimizer, loss_function, clip_norm=1.0, compute_dtype=dtype)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
     parameters = bytes_here(state.model)
+    stream = PartitionSpec(None, rules["batch"], rules["seq"] + rules["residual"], None)
     inputs = jax.ShapeDtypeStruct(
         (config.text_config.num_hidden_layers, rows, seq, config.text_config.hidden_size),
         dtype,
-        sharding=NamedSharding(mesh, PartitionSpec(None, *tokens.sharding.spec, None)),
+        sharding=NamedSharding(mesh, stream),
     )
     held = {
         "parameters": parameters,
@@ -175,7 +177,7 @@ def rules_of(mesh: Mesh, experts: Rules) -> Rules:
     presets = {
         "data": DATA,
         "fsdp": FSDP,
-        "tensor": TENSOR,
+        "tensor": TENSOR | SEQUENCE,
         "expert": experts,
         "context": CONTEXT,
     }
