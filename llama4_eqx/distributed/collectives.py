@@ -78,7 +78,8 @@ def _collectives_of(program: Program, instruction: Instruction) -> list[tuple[In
         for inner in program.computations[name].values():
             found += _collectives_of(program, inner)
     # TPUs write a reduce-scatter so: an all-reduce of which each device takes a slice.
-    if [kind for _, kind in found] == ["all-reduce"] and "all-reduce-scatter" in instruction.name:
+    names = " ".join((instruction.name, *instruction.called))
+    if [kind for _, kind in found] == ["all-reduce"] and "all-reduce-scatter" in names:
         whole = found[0][0]
         scattered = Instruction(
             whole.name, "reduce-scatter", instruction.results, (), whole.attributes, False
@@ -92,6 +93,8 @@ def _collective(instruction: Instruction, kind: str, mesh: Mesh, times: int | No
     if not arrays:
         raise ValueError(f"{instruction.name} has no result: it isn't understood.")
     if instruction.opcode.endswith("-start") and len(arrays) > 1:  # operands, then results
+        if [(one.dtype, one.shape) for one in arrays[2:]] == [("u32", ())] * 2:  # then semaphores
+            arrays = arrays[:2]
         arrays = arrays[len(arrays) // 2 :]
     shape = arrays[0].shape
     if len(arrays) > 1:  # of an all-to-all one for each device, of an all-reduce perhaps several

@@ -93,23 +93,31 @@ def test_what_is_not_understood(mesh, line, sentence):
         collectives("module {}", mesh)
 
 
-def test_asynchronous_and_fused_ones(mesh):
-    """As TPUs write them: an all-gather begun early, and a reduce-scatter as a fusion."""
-    text = """
-%fused (q: f32[16]) -> f32[4] {
-  %q = f32[16]{0} parameter(0)
-  %ar = f32[16]{0} all-reduce(%q), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
-  ROOT %slice = f32[4]{0} dynamic-slice(%ar, %i), dynamic_slice_sizes={4}
-}
+@pytest.mark.parametrize(
+    ("computation", "fusion"), [("fused", "all-reduce-scatter.1"), ("all-reduce-scatter", "fusion")]
+)
+def test_asynchronous_and_fused_ones(mesh, computation, fusion):
+    """As TPUs write them: two begun early, one with semaphores, and a reduce-scatter as a fusion,
+    which either name tells."""
+    sends = "(f32[16]{0}, f32[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%d)"
+    text = f"""
+%{computation} (q: f32[16]) -> f32[4] {{
+  %q = f32[16]{{0}} parameter(0)
+  %ar = f32[16]{{0}} all-reduce(%q), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, to_apply=%sum
+  ROOT %slice = f32[4]{{0}} dynamic-slice(%ar, %i), dynamic_slice_sizes={{4}}
+}}
 
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %p = f32[4]{0} parameter(0)
-  %s = (f32[4]{0}, f32[16]{0}) all-gather-start(%p), replica_groups={{0,1,2,3},{4,5,6,7}}
-  %d = f32[16]{0} all-gather-done(%s)
-  ROOT %all-reduce-scatter.1 = f32[4]{0} fusion(%d), kind=kCustom, calls=%fused
-}"""
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+  %s = (f32[4]{{0}}, f32[16]{{0}}) all-gather-start(%p), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}
+  %d = f32[16]{{0}} all-gather-done(%s)
+  %t = {sends}, source_target_pairs={{{{0,4}},{{4,0}}}}
+  %e = f32[16]{{0}} collective-permute-done(%t)
+  ROOT %{fusion} = f32[4]{{0}} fusion(%e), kind=kCustom, calls=%{computation}
+}}"""
     found = [(one.kind, one.axes, one.shape, one.sent) for one in collectives(text, mesh)]
     assert found == [
         ("all-gather", ("y",), (16,), 48),
+        ("collective-permute", ("x",), (16,), 64),
         ("reduce-scatter", ("y",), (4,), 48),
     ]
