@@ -164,7 +164,7 @@ def test_padded_rows_that_a_gpu_may_take_as_plain(padding, monkeypatch):
         return np.asarray(without)[mask], np.asarray(together)[mask]
 
     truth = outputs()
-    for module in ("attention", "blockwise"):
+    for module in ("attend", "attention_core"):
         monkeypatch.setattr(f"llama4_eqx.layers.{module}.may_run_on", lambda name: name == "cuda")
     text = lower(lambda m, t, mask: m(t, mask=mask).logits, model, tokens, mask).as_text()
     assert "stablehlo.case" in text or "stablehlo.if" in text
@@ -187,7 +187,7 @@ def test_the_same_test_on_a_mesh_of_tpus(axes, monkeypatch):
         return np.asarray(run(model, tokens, cache, mask))[np.asarray(mask)]
 
     truth = outputs(model, model.empty_cache((4,), 24))
-    for module in ("attention", "blockwise"):
+    for module in ("attend", "attention_core"):
         monkeypatch.setattr(f"llama4_eqx.layers.{module}.may_run_on", lambda name: name == "tpu")
     placed = shard(model, mesh, rules)
     cache = init_sharded(lambda: model.empty_cache((4,), 24), mesh, rules)

@@ -1,41 +1,24 @@
 """Grouped-query attention of the text decoder, for RoPE and NoPE layers."""
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.layers.attention_core import attention
-from llama4_eqx.layers.backends import AttentionBackend, Backends
+from llama4_eqx.layers.attend import Attended, attend, sends_keys_round
 from llama4_eqx.layers.cache import CacheSpan, KeysValues, LayerCache
-from llama4_eqx.layers.collectives import (
-    AxisNames,
-    MeshAxes,
-    fold_in_axis_index,
-    varying_axes,
-)
+from llama4_eqx.layers.collectives import MeshAxes, fold_in_axis_index
 from llama4_eqx.layers.context import Context
-from llama4_eqx.layers.cudnn import fits_cudnn
 from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.interfaces import SequenceMixer
 from llama4_eqx.layers.linear import project, unproject
 from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.norm import rms_normalize
 from llama4_eqx.layers.pattern import attention_by_pattern
-from llama4_eqx.layers.platforms import may_run_on
-from llama4_eqx.layers.ring import ring_attention
-from llama4_eqx.layers.splash import fits_splash
-
-# Bytes of keys and values that a device gathers; more are sent round, which takes no such memory.
-MOST_GATHERED = 2**30
 
 
 class TemperatureTuning(eqx.Module):
@@ -143,45 +126,29 @@ class Attention(SequenceMixer):
         q, k, v = sites("q", q), sites("k", k), sites("v", v)
         q, k, v = (jnp.swapaxes(part, -2, -3) for part in (q, k, v))  # heads before seq
         show_pattern = sites.probe.visits("pattern")
-        new, axis_names, ring = KeysValues(k, v, context.tokens), (), False
+        new = KeysValues(k, v, context.tokens)
         if cache is not None and context.span is not None:
-            cache, attended, axis_names = self._with_cache(
+            cache, attended = self._with_cache(
                 cache, context.span, new, mesh_axes, gather_slots=show_pattern
             )
         elif self._chunks_are_local(context.tokens) and not show_pattern:
-            attended = new
-        elif not show_pattern and _sends_keys_round(new, mesh_axes, context.execution.backends):
-            attended, ring = new, True
+            attended = Attended(new, are_own=True)
+        elif not show_pattern and sends_keys_round(new, context.execution):
+            attended = Attended(new, ring=mesh_axes.seq)
         else:
-            attended = new.all_gather(mesh_axes, mesh_axes.seq)
+            attended = Attended(new.all_gather(mesh_axes, mesh_axes.seq), are_own=not mesh_axes.seq)
         settings = {
             "chunk_size": self.chunk_size,
             "scale": self.q_proj.shape[1] ** -0.5,
             "dropout_rate": self.dropout,
             "key": fold_in_axis_index(key, (*mesh_axes.tokens, *mesh_axes.heads)),
         }
-        operands = q, attended.k, attended.v, context.tokens, attended.tokens
         if show_pattern:
-            visit = partial(sites, "pattern")
+            keys, visit = attended.keys, partial(sites, "pattern")
+            operands = q, keys.k, keys.v, context.tokens, keys.tokens
             out = attention_by_pattern(*operands, span=context.span, visit=visit, **settings)
-        elif ring:
-            run = partial(_over_one_batch_axis, ring_attention, axis_names=mesh_axes.seq)
-            out = run(*operands, **settings)
         else:
-            backend = context.execution.backends.attention
-            run = partial(_over_one_batch_axis, attention, backend=backend, **settings)
-            own_keys = attended is new
-            dropped = key is not None and self.dropout > 0
-            whole_rows = not dropped and not mesh_axes.seq
-            if whole_rows and _may_be_plain_rows(q, k, context.tokens, backend):
-                tokens = replace(context.tokens, contiguous=True)
-                out = lax.cond(
-                    _are_plain_rows(context),
-                    lambda: run(q, k, v, tokens, tokens, own_keys=True),
-                    lambda: run(*operands, own_keys=own_keys),
-                )
-            else:
-                out = run(*operands, axis_names=axis_names, own_keys=own_keys)
+            out = attend(q, new, attended, context, **settings)
         out = sites("head_out", jnp.swapaxes(out, -2, -3))
         out = unproject(out, self.o_proj, None)
         out = mesh_axes.sum_rows(out, mesh_axes.heads)
@@ -213,8 +180,8 @@ class Attention(SequenceMixer):
         mesh_axes: MeshAxes,
         *,
         gather_slots: bool,
-    ) -> tuple[LayerCache, KeysValues, AxisNames]:
-        """The updated cache, the keys to attend to, and the mesh axes that shard these."""
+    ) -> tuple[LayerCache, Attended]:
+        """The updated cache, and the keys to attend to."""
         slots = mesh_axes.slots
         new = new.all_gather(mesh_axes, mesh_axes.seq, shared=True)
         updated = cache.update(new, span.new_end, slots)
@@ -222,54 +189,10 @@ class Attention(SequenceMixer):
         if self.chunk_size is None or single:
             held = updated.read(span.start, span.new_end, slots)
             if single and not gather_slots:
-                return updated, held, slots
-            return updated, held.all_gather(mesh_axes, slots), ()
+                return updated, Attended(held, axis_names=slots)
+            held = held.all_gather(mesh_axes, slots)
+            return updated, Attended(held, past=held.before(span.old_end))
         # Several tokens may cross a chunk's edge and overwrite keys that the earlier of them
         # still need: attend to the old ring and the new tokens instead.
-        old = cache.read(span.start, span.old_end, slots)
-        return updated, old.all_gather(mesh_axes, slots).concatenate(new), ()
-
-
-def _sends_keys_round(new: KeysValues, mesh_axes: MeshAxes, backends: Backends) -> bool:
-    """Whether keys that other devices need are sent round rather than gathered."""
-    if not mesh_axes.seq or backends.attention not in (None, "ring"):
-        return False
-    size = (new.k.nbytes + new.v.nbytes) * lax.axis_size(mesh_axes.seq)
-    return backends.attention == "ring" or size > MOST_GATHERED
-
-
-def _may_be_plain_rows(
-    q: Array, k: Array, tokens: TokenPositions, backend: AttentionBackend | None
-) -> bool:
-    """Whether it pays to ask `_are_plain_rows` when the program runs."""
-    if backend is not None or tokens.contiguous or not tokens.one_document or q.shape[-2] == 1:
-        return False
-    on_gpu = may_run_on("cuda") and fits_cudnn(q, k) and not varying_axes(q)
-    return on_gpu or (may_run_on("tpu") and fits_splash(q, k))
-
-
-def _are_plain_rows(context: Context) -> Bool[Array, ""]:
-    """Whether each row is one document from position 0 on, with padding at its end if anywhere: the
-    causal mask alone then keeps real tokens from seeing padding, and there are kernels for it."""
-    segments = context.tokens.segments
-    plain = jnp.all(segments[..., 1:] <= segments[..., :-1])
-    return plain if context.span is None else plain & jnp.all(context.span.old_end == 0)
-
-
-def _over_one_batch_axis(
-    function: Callable[..., Array],
-    q: Float[Array, "*batch heads q_seq head_dim"],
-    k: Float[Array, "*batch kv_heads kv_seq head_dim"],
-    v: Float[Array, "*batch kv_heads kv_seq head_dim"],
-    queries: TokenPositions,
-    keys: TokenPositions,
-    **options: object,
-) -> Float[Array, "*batch heads q_seq head_dim"]:
-    """Calls `function`, which takes one batch axis, on any number of them."""
-    batch_shape = q.shape[:-3]
-    size = math.prod(batch_shape)
-    q, k, v, queries, keys = jax.tree.map(
-        lambda leaf: leaf.reshape(size, *leaf.shape[len(batch_shape) :]), (q, k, v, queries, keys)
-    )
-    out = function(q, k, v, queries, keys, **options)
-    return out.reshape(*batch_shape, *out.shape[1:])
+        old = cache.read(span.start, span.old_end, slots).all_gather(mesh_axes, slots)
+        return updated, Attended(old.concatenate(new), past=old)

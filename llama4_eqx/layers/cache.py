@@ -55,6 +55,12 @@ class KeysValues(eqx.Module):
         )
         return KeysValues(k, v, tokens)
 
+    def before(self, end: Int[Array, "*batch"]) -> "KeysValues":
+        """These, with all from position `end` on marked as empty."""
+        positions = self.tokens.positions
+        segments = jnp.where(positions < end[..., None], self.tokens.segments, -1)
+        return KeysValues(self.k, self.v, TokenPositions(positions, segments))
+
     def concatenate(self, new: "KeysValues") -> "KeysValues":
         """These, followed by the new ones."""
         old, new = match_vma(self, new)

@@ -1,5 +1,6 @@
-"""Attention by JAX's own kernel for TPUs, splash attention."""
+"""Attention of tokens to themselves by JAX's own kernel for TPUs, splash attention."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,13 +12,13 @@ from llama4_eqx.layers.collectives import call_kernel, match_vma
 from llama4_eqx.layers.mask import TokenPositions, runs_of_chunks
 from llama4_eqx.layers.remat import SAVED_RESIDUAL
 
-_LANES, _BLOCK = 128, 512
+LANES, LARGEST_BLOCK = 128, 512
 
 
 def fits_splash(q: Array, k: Array) -> bool:
     """Whether the kernel takes these dtypes and sizes: queries and keys of the same tokens."""
     same = q.dtype == k.dtype and q.shape[-2] == k.shape[-2]
-    return same and q.dtype in (jnp.bfloat16, jnp.float32) and q.shape[-1] % _LANES == 0
+    return same and q.dtype in (jnp.bfloat16, jnp.float32) and q.shape[-1] % LANES == 0
 
 
 def splash_attention(
@@ -42,7 +43,7 @@ def splash_attention(
         ids, length = None, min(chunk_size or seq, seq)
     else:
         ids, length = runs_of_chunks(tokens, chunk_size), seq
-    block = min(-(-length // _LANES) * _LANES, _BLOCK)
+    block = min(-(-length // LANES) * LANES, LARGEST_BLOCK)
 
     def by_chunk(x: Array) -> Array:
         """Chunks as rows, padded at their ends, where no real query looks."""
@@ -78,30 +79,11 @@ def _splash(
 
 
 def _forward(settings, q, k, v, ids) -> tuple[Any, Any]:
-    # Here, since the module is slow to import and of no use without a TPU.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    *_, heads, seq, _ = q.shape
-    block = settings.block
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((seq, seq))] * heads),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        residual_checkpoint_name=SAVED_RESIDUAL,
-        interpret=settings.interpret,
+    block, interpret = settings
+    run = splash_kernel(q, k, causal=True, blocks=(block, block), interpret=interpret)
+    return call_kernel(
+        lambda q, k, v, ids: jax.vjp(lambda *qkv: run(*qkv, ids, ids), q, k, v), q, k, v, ids
     )
-
-    def attend(ids, q, k, v):
-        segments = None if ids is None else splash.SegmentIds(ids, ids)
-        return jax.vmap(kernel)(q, k, v, segments)
-
-    return call_kernel(lambda q, k, v, ids: jax.vjp(partial(attend, ids), q, k, v), q, k, v, ids)
 
 
 def _backward(settings, vjp, d_out):
@@ -109,3 +91,45 @@ def _backward(settings, vjp, d_out):
 
 
 _splash.defvjp(_forward, _backward)
+
+
+def splash_kernel(
+    q: Float[Array, "batch heads q_seq head_dim"],
+    k: Float[Array, "batch kv_heads kv_seq head_dim"],
+    *,
+    causal: bool,
+    blocks: tuple[int, int],
+    interpret: bool,
+    with_logsumexp: bool = False,
+) -> Callable[..., Any]:
+    """The kernel for queries and keys of such shapes, in whole blocks: `run(q, k, v, q_ids,
+    kv_ids)`, where queries attend to keys of their own id, or to all if the ids are None; if
+    `causal`, to none that come after them.
+
+    `with_logsumexp` it returns `(out, (logsumexp,))`, and has no derivative.
+    """
+    # Here, since the module is slow to import and of no use without a TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape, (block, kv_block) = (q.shape[2], k.shape[2]), blocks
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=kv_block,
+            block_q_dkv=block,
+            block_kv_dkv=kv_block,
+            block_q_dq=block,
+            block_kv_dq=kv_block,
+        ),
+        save_residuals=with_logsumexp,
+        residual_checkpoint_name=SAVED_RESIDUAL,
+        interpret=interpret,
+    )
+
+    def run(q, k, v, q_ids, kv_ids):
+        segments = None if q_ids is None else splash.SegmentIds(q_ids, kv_ids)
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    return run

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import CONTEXT, TENSOR, collectives, shard
-from llama4_eqx.layers import Backends, attention
+from llama4_eqx.layers import Backends, attend
 from llama4_eqx.layers.collectives import fold_in_axis_index
 from llama4_eqx.layers.dense_attention import dense_attention
 from llama4_eqx.layers.mask import token_positions
@@ -148,7 +148,7 @@ def test_a_long_row_goes_round(model, monkeypatch):
     text = model.config.text_config
     gathered = 2 * tokens.size * text.num_key_value_heads * text.head_dim * 4
     for most, sent in ((gathered, (4, 0)), (gathered - 1, (0, 4))):
-        monkeypatch.setattr(attention, "MOST_GATHERED", most)
+        monkeypatch.setattr(attend, "MOST_GATHERED", most)
         jax.clear_caches()
         program = lower(lambda model: model(tokens).logits, sharded).compile()
         assert gathers_and_sends(program, mesh) == sent

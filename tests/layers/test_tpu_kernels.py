@@ -10,14 +10,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from llama4_eqx.layers import megablox
+from llama4_eqx.layers import LayerCache, megablox
 from llama4_eqx.layers.attention_core import attention
+from llama4_eqx.layers.cache import KeysValues
 from llama4_eqx.layers.dense_attention import dense_attention
 from llama4_eqx.layers.grouped import grouped_mlp
 from llama4_eqx.layers.grouped_products import RAGGED
 from llama4_eqx.layers.mask import token_positions
 from llama4_eqx.layers.rope import _rotate_by_product, _rotate_pairs
 from llama4_eqx.layers.splash import splash_attention
+from llama4_eqx.layers.splash_after_cache import splash_after_cache
 
 BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 4, 2, 150, 16
 INDEX = jnp.arange(SEQ)
@@ -66,6 +68,43 @@ def test_splash_attention(operands, rows, chunk_size):
         return dense_attention(q, k, v, tokens, tokens, **more)
 
     same(run(splash, interpret=True), run(dense))
+
+
+NEW = {
+    "plain": {},
+    "left": {"mask": jnp.arange(20) >= jnp.array([[0], [13]])},
+    "right": {"mask": jnp.arange(20) < jnp.array([[20], [0]])},
+}
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 7), (60, 200)])
+@pytest.mark.parametrize("chunk_size", [None, 64])
+@pytest.mark.parametrize("rows", NEW)
+def test_splash_after_cache(rows, chunk_size, lengths):
+    """New tokens after none, a few or many, of which a ring holds the newest chunk."""
+    start, slots = jnp.array(lengths), chunk_size or 210
+    queries = token_positions((BATCH, 20), start=start, **NEW[rows])
+    q = normal(0, BATCH, HEADS, 20, HEAD_DIM)
+    new = KeysValues(*normal(1, 2, BATCH, KV_HEADS, 20, HEAD_DIM), queries)
+    ring = LayerCache(*normal(2, 2, BATCH, KV_HEADS, slots, HEAD_DIM))
+    past = ring.read(jnp.zeros(BATCH, int), start)
+    weights = normal(3, BATCH, HEADS, 20, HEAD_DIM)
+    settings = {"chunk_size": chunk_size, "scale": 0.2}
+
+    def splash(q, new_kv, past_kv):
+        ours = (KeysValues(*kv, of.tokens) for kv, of in ((new_kv, new), (past_kv, past)))
+        return splash_after_cache(q, *ours, queries, interpret=True, **settings)
+
+    def dense(q, new_kv, past_kv):
+        keys = past.concatenate(new).tokens
+        kv = (jnp.concatenate(pair, axis=2) for pair in zip(past_kv, new_kv, strict=True))
+        return dense_attention(q, *kv, queries, keys, **settings)
+
+    def run(function):
+        out, vjp = jax.vjp(function, q, (new.k, new.v), (past.k, past.v))
+        return out, vjp(weights)
+
+    same(run(splash), run(dense))
 
 
 def test_splash_takes_what_it_can(operands):
