@@ -4,6 +4,7 @@ They say what the compiler makes of the model, which no other test sees.
 """
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,9 +24,11 @@ from llama4_eqx.distributed import (
     EXPERT_ALL_TO_ALL,
     EXPERT_REPLICATED_TOKENS,
     FSDP,
+    SEQUENCE,
     TENSOR,
     abstract_sharded,
     batch_sharding,
+    collectives,
 )
 from llama4_eqx.distributed.program_costs import program_costs
 from llama4_eqx.distributed.topologies import HbmError, compile_for_tpu, tpu_mesh
@@ -37,6 +40,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("libtpu")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCOUT = l4.Llama4Config.scout().text_config
+SMALL = replace(
+    SCOUT,
+    num_hidden_layers=1,
+    hidden_size=1024,
+    intermediate_size=2048,
+    intermediate_size_mlp=2048,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=2048,
+    attention_chunk_size=1024,
+)
 
 
 def size(tree) -> int:
@@ -80,23 +94,8 @@ def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, li
     assert program.memory_analysis().temp_size_in_bytes < max(0.1, (limit - 1) / 5) * read_once
 
 
-def test_a_training_step_computes_what_the_model_does():
-    """No expert's weight gradient is made from all tokens, attention is splash attention, and what
-    uneven routing may need costs nothing where it doesn't."""
-    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
-    rules = FSDP | EXPERT_ALL_TO_ALL
-    text = replace(
-        SCOUT,
-        num_hidden_layers=1,
-        hidden_size=1024,
-        intermediate_size=2048,
-        intermediate_size_mlp=2048,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        attention_chunk_size=1024,
-    )
-    rows, seq = 4, 2048
+def training_step(mesh, rules, rows, seq):
+    """The compiled step of the small model."""
     optimizer = optax.sgd(1e-3)
 
     def loss_function(model, tokens, key):
@@ -104,13 +103,21 @@ def test_a_training_step_computes_what_the_model_does():
         return loss.total, loss.num_tokens, None
 
     def make():
-        model = l4.Llama4(l4.Llama4Config(text), key=jax.random.key(0))
+        model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
         return init_train_state(model, optimizer, key=jax.random.key(1))
 
     state = abstract_sharded(make, mesh, rules)
     step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
-    program = compile_for_tpu(step.lower(state, tokens))
+    return compile_for_tpu(step.lower(state, tokens))
+
+
+def test_a_training_step_computes_what_the_model_does():
+    """No expert's weight gradient is made from all tokens, attention is splash attention, and what
+    uneven routing may need costs nothing where it doesn't."""
+    rows, seq = 4, 2048
+    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
+    program = training_step(mesh, FSDP | EXPERT_ALL_TO_ALL, rows, seq)
     of_token = 20 * 128 * 1024 + 3 * 1024 * 2048 + 16 * 1024  # attention, shared expert, router
     # A round has room for half as many tokens again; attention kernels don't say what they compute.
     # Of a single layer, the compiler keeps what a scan would have recomputed.
@@ -119,6 +126,41 @@ def test_a_training_step_computes_what_the_model_does():
     text = program.as_text()
     assert "tgmm" in text
     assert "splash_mha_dkv" in text
+
+
+def test_rows_between_layers_are_scattered():
+    """With sequence parallelism nothing of the tokens' features is all-reduced."""
+    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "tensor": 2})
+    program = training_step(mesh, FSDP | TENSOR | SEQUENCE, 4, 2048)
+    kinds = [
+        one.kind
+        for one in collectives(program, mesh)
+        if one.axes == ("tensor",) and one.shape[-1:] == (1024,) and len(one.shape) == 3
+    ]
+    assert "all-reduce" not in kinds
+    assert {"reduce-scatter", "all-gather"} <= {*kinds}
+
+
+def test_tokens_after_a_cache_are_read_by_the_kernel():
+    """Its results for the cache and for the new tokens, with the logsumexp that merges them."""
+    mesh, rules = tpu_mesh("v6e:2x2", {"tensor": 2, "expert": 2}), TENSOR | EXPERT_REPLICATED_TOKENS
+
+    def make():
+        return l4.Llama4(l4.Llama4Config(SMALL), dtype=jnp.bfloat16, key=jax.random.key(0))
+
+    model = abstract_sharded(make, mesh, rules)
+    cache = abstract_sharded(
+        partial(eqx.filter_eval_shape, model.empty_cache, (2,), 4096), mesh, rules
+    )
+    tokens = jax.ShapeDtypeStruct((2, 512), jnp.int32, sharding=NamedSharding(mesh, P()))
+
+    def read(model, tokens, cache):
+        output = model(tokens, cache=cache)
+        return output.hidden, output.cache
+
+    text = compile_for_tpu(lower(read, model, tokens, cache, donate=2)).as_text()
+    kernels = re.findall(r"%(splash_mha_fwd_segmented_residuals[.\d]*) = ", text)
+    assert len(kernels) == 2
 
 
 def test_a_program_that_does_not_fit():
