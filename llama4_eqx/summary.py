@@ -47,12 +47,13 @@ def parameter_table(tree: PyTree) -> str:
 def model_repr(model: Any) -> str:
     """A `Llama4` in a few lines, whatever its depth: what its layers are, and how large it is."""
     dtypes = sorted({array.dtype.name for _, array in _arrays(model)})
-    lines = [f"{type(model).__name__}: {_size(model)}, {', '.join(dtypes)}"]
+    lines = [", ".join([f"{type(model).__name__}: {_size(model)}", *dtypes])]
     if model.vision_model is not None:
         lines.append(f"  {_module(model.vision_model)}: {_size(model.vision_model)}")
-    vocab, hidden = model.embed_tokens.shape
-    head = "tied" if model.lm_head is None else "untied"
-    lines.append(f"  vocab {vocab:,}, hidden {hidden:,}, {head} head")
+    # From the config, since the leaves may be masks, or None where a filter took them out.
+    text = model.config.text_config
+    head = "tied" if text.tie_word_embeddings else "untied"
+    lines.append(f"  vocab {text.vocab_size:,}, hidden {text.hidden_size:,}, {head} head")
     first = 0
     for block in model.decoder.blocks:
         last = first + block.depth - 1

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import FSDP, TENSOR, shard
-from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
+from llama4_eqx.training import init_train_state, make_train_step, next_token_loss, select
 from tests.toys import IMAGE_TOKEN, MULTIMODAL, SCOUT, TOKENS_PER_TILE, random_tokens
 
 
@@ -109,6 +109,14 @@ def test_a_repr_fits_a_screen():
         assert "layers 0 to 47" in repr(form)
     sizes = [leaf.size for leaf in jax.tree.leaves(model)]
     assert f"{sum(sizes):,} parameters" in repr(model)
+
+
+def test_what_is_left_of_a_model_has_a_repr():
+    """Masks of its leaves, and what a filter leaves of it, as a debugger shows them."""
+    model = l4.Llama4(l4.Llama4Config.tiny(), key=jax.random.key(0))
+    routers = select(model, "*.router")
+    for part in (routers, *eqx.partition(model, routers)):
+        assert "vocab 256, hidden 64" in repr(part)
 
 
 def loss(model, tokens, key):

@@ -182,7 +182,8 @@ def reader(
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         rest = [slice(*bound) for bound in bounds]
         runs = [_runs(joined, [rest.pop(0) for _ in joined]) for joined in axes]
-        runs[-1] = [slice(run.start + offset, run.stop + offset) for run in runs[-1]]
+        if offset:
+            runs[-1] = [slice(run.start + offset, run.stop + offset) for run in runs[-1]]
         return _joined(view, runs).reshape([stop - start for start, stop in bounds])
 
     def part(index: Index) -> np.ndarray:

@@ -107,6 +107,8 @@ def write_part(
     Writes only the part's own bytes and reads none, so processes on several machines can write to
     one file on a network disk, which a memory map doesn't allow.
     """
+    if not shape:  # a single number
+        return write_part(file, start, (1,), (slice(0, 1),), part.reshape(1))
     sharded = [axis for axis, size in enumerate(part.shape) if size != shape[axis]]
     axis = sharded[-1] if sharded else 0
     outer = [np.arange(at.start, at.stop) for at in index[:axis]]

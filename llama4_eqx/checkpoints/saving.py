@@ -238,7 +238,9 @@ def _write(model: Llama4, files: list[_File], folder: Path) -> None:
                     file.write(tensor.make().view(np.uint8).data)
                     continue
                 for index, part in parts(leaves[tensor.leaf], tensor.stack_index):
-                    last = slice(index[-1].start + tensor.offset, index[-1].stop + tensor.offset)
-                    write_part(file, start, tensor.shape_in_file, (*index[:-1], last), part)
+                    if tensor.offset:
+                        begin, end = index[-1].start + tensor.offset, index[-1].stop + tensor.offset
+                        index = (*index[:-1], slice(begin, end))
+                    write_part(file, start, tensor.shape_in_file, index, part)
             file.flush()
             os.fsync(file.fileno())

@@ -107,8 +107,7 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The whole tensor's shape in the checkpoint."""
-        *shape, last = (math.prod(joined) for joined in self.axes)
-        return (*shape, last if self.half is None else 2 * last)
+        return self._with_both_halves(tuple(math.prod(joined) for joined in self.axes))
 
     @property
     def shape_in_leaf(self) -> tuple[int, ...]:
@@ -118,13 +117,15 @@ class Tensor:
     @property
     def shape_in_file(self) -> tuple[int, ...]:
         """The whole tensor's shape, in the leaf's axes."""
-        *shape, last = self.shape_in_leaf
-        return (*shape, last if self.half is None else 2 * last)
+        return self._with_both_halves(self.shape_in_leaf)
 
     @property
     def offset(self) -> int:
         """Where the leaf begins along the tensor's last axis."""
-        return (self.half or 0) * self.shape_in_leaf[-1]
+        return self.half * self.shape_in_leaf[-1] if self.half else 0
+
+    def _with_both_halves(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.half is None else (*shape[:-1], 2 * shape[-1])
 
 
 def tensors(model: Llama4, *, text_prefix: str = "") -> list[Tensor]:

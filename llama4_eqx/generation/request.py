@@ -31,6 +31,12 @@ def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
     return tuple(operator.index(i) for i in ids)
 
 
+def _as_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
+    if processors is None:
+        return ()
+    return (processors,) if isinstance(processors, LogitsProcessor) else tuple(processors)
+
+
 def _as_copies(copies: Any) -> int | None:
     return None if copies is None else operator.index(copies)
 
@@ -63,7 +69,7 @@ class Request(eqx.Module):
     pixel_values: Pixels | None = eqx.field(default=None, converter=_as_array)
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None
     cache: KVCache | None = None
-    processors: tuple[LogitsProcessor, ...] = eqx.field(default=(), converter=tuple)
+    processors: tuple[LogitsProcessor, ...] = eqx.field(default=(), converter=_as_processors)
     sampler: Sampler = Greedy()
     key: PRNGKeyArray | None = None
     samples: int | None = eqx.field(default=None, static=True, converter=_as_copies)

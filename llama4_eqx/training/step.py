@@ -135,7 +135,7 @@ def make_train_step(
     def weighted(trained, frozen, batch, key):
         model, batch = _cast((eqx.combine(trained, frozen), batch), compute_dtype)
         loss, num_targets, aux = loss_function(model, batch, key)
-        num_targets = num_targets.astype(jnp.float32)
+        num_targets = jnp.asarray(num_targets, jnp.float32)
         loss = loss.astype(jnp.float32) * num_targets
         return loss, (loss, num_targets, jax.tree.map(lambda leaf: leaf * num_targets, aux))
 

@@ -9,7 +9,15 @@ import pytest
 from jax.sharding import AxisType
 
 import llama4_eqx as l4
-from llama4_eqx.distributed import SEQUENCE, TENSOR, abstract_sharded, collectives, shard
+from llama4_eqx.distributed import (
+    EXPERT_ALL_TO_ALL,
+    EXPERT_REPLICATED_TOKENS,
+    SEQUENCE,
+    TENSOR,
+    abstract_sharded,
+    collectives,
+    shard,
+)
 from llama4_eqx.layers import MLP, Probe
 from llama4_eqx.layers.context import PLAIN
 from llama4_eqx.lowering import lower
@@ -49,6 +57,17 @@ def test_any_batch_is_whole(model, rows):
     for value, true in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
         # Of the keys' biases hardly anything is left but rounding, since the softmax ignores them
         # where keys aren't rotated.
+        assert relative_error(value, true) < TOLERANCE or abs(value - true).max() < 1e-5
+
+
+@pytest.mark.parametrize("experts", [EXPERT_REPLICATED_TOKENS, EXPERT_ALL_TO_ALL])
+def test_with_experts_elsewhere(model, experts):
+    """Their tokens are those of the gathered rows, whichever way these go."""
+    mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    run = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    tokens = random_tokens(2, 40)
+    truth, ours = (run(one, tokens) for one in (model, shard(model, mesh, experts | RULES)))
+    for value, true in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
         assert relative_error(value, true) < TOLERANCE or abs(value - true).max() < 1e-5
 
 

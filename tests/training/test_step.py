@@ -129,6 +129,19 @@ def test_a_batch_without_micro_batches_is_refused():
         step(state, {"tokens": random_tokens(4, 40)})
 
 
+def test_a_number_of_targets_is_any_number():
+    """Of a loss that is a mean already, say."""
+
+    def mean(model, batch, key):
+        loss, number, _ = loss_function(model, batch, key)
+        return loss / number.astype(float), 1, None
+
+    batch = {"tokens": random_tokens(2, 8)}
+    state = init_train_state(toy(), SGD, key=jax.random.key(0))
+    _, metrics = make_train_step(SGD, mean)(state, batch)
+    assert metrics.num_targets == 1
+
+
 def test_nothing_counted_changes_nothing():
     tokens = random_tokens(4, 40)
     state = init_train_state(toy(), SGD, key=jax.random.key(0))
