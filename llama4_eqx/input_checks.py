@@ -26,6 +26,8 @@ _Other = list | tuple | SupportsArray
 TokenIds = Int[Array, "*batch seq"] | Int[np.ndarray, "*batch seq"] | _Other
 """Token ids, positions or segment ids as JAX's, NumPy's or torch's integers, or as (nested) lists
 of numbers."""
+Number = int | np.integer
+"""A whole number, Python's or NumPy's."""
 Mask = Bool[Array, "*batch seq"] | Bool[np.ndarray, "*batch seq"] | _Other
 """A mask in any of these forms."""
 Pixels = (

@@ -1,5 +1,6 @@
 """The whole model: tokens and images in, logits out."""
 
+import operator
 from functools import partial
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from llama4_eqx.decoder import Decoder
 from llama4_eqx.input_checks import (
     LAST_POSITION,
     Mask,
+    Number,
     Pixels,
     TokenIds,
     check_image_tokens,
@@ -195,8 +197,8 @@ class Llama4(eqx.Module):
 
     def empty_cache(
         self,
-        batch_shape: tuple[int, ...],
-        capacity: int,
+        batch_shape: Number | tuple[Number, ...],
+        capacity: Number,
         *,
         start: int = 0,
         dtype: DTypeLike | None = None,
@@ -207,12 +209,14 @@ class Llama4(eqx.Module):
         float8_e4m3fn it takes half of bfloat16's memory, or a quarter of float32's, and is less
         exact; see `KVCache.quantized`.
         """
+        shape = (batch_shape,) if isinstance(batch_shape, Number) else batch_shape
+        shape, capacity = tuple(map(int, shape)), operator.index(capacity)
         if capacity < 1 or start < 0 or start + capacity > LAST_POSITION:
             raise ValueError(
                 f"A cache holds at least one token, and positions from 0 to {LAST_POSITION}; got "
                 f"capacity={capacity}, start={start}."
             )
-        empty = partial(self.decoder.empty_cache, batch_shape, capacity, start=start)
+        empty = partial(self.decoder.empty_cache, shape, capacity, start=start)
         if dtype is None:
             return empty()
         return jax.jit(lambda: empty().quantized(dtype))()  # the wide one is never made

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from llama4_eqx.axes import leaf_name
 from llama4_eqx.checkpoints import generation_config
 from llama4_eqx.checkpoints.compressed_saving import (
     MadeTensor,
@@ -76,6 +78,7 @@ def save_checkpoint(
             "The model has unstacked experts, a form for decoding: save the model that it was made "
             "from."
         )
+    _refuse_odd_leaves(model)
     folder = Path(os.path.realpath(folder))
     files = _planned(model, int(max_shard_bytes))
     found = difference(weight_shapes(model))
@@ -175,6 +178,19 @@ def _leaves(model: Llama4) -> list[Any]:
 
 def _quantizes(leaves: list[Any]) -> bool:
     return any(map(is_quantized, leaves))
+
+
+def _refuse_odd_leaves(model: Llama4) -> None:
+    """Leaves of parts of one's own that `load_checkpoint` wouldn't read."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_quantized):
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        if is_quantized(leaf) or (is_array and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            continue
+        kind = getattr(leaf, "dtype", f"a {type(leaf).__name__}")
+        raise ValueError(
+            f"{leaf_name(path)} is {kind}, which a checkpoint doesn't hold: make it a jax.Array of "
+            "float32, bfloat16 or float16, or a static field."
+        )
 
 
 def _tensors(model: Llama4) -> list[Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.model import Llama4
 
 # Rows are padded to whole multiples, so that texts of many lengths share few programs.
@@ -26,12 +27,13 @@ class TokenScores(eqx.Module):
 
 
 def token_scores(
-    model: Llama4, tokens: Int[Array, "*batch seq"], *, token_block: int = 1024, **forward: Any
+    model: Llama4, tokens: TokenIds, *, token_block: int = 1024, **forward: Any
 ) -> TokenScores:
     """The scores of the tokens. Logits exist for about `token_block` tokens at a time, in float32.
 
     `forward` are keywords of the model's call: `mask`, `segment_ids`, `pixel_values`, `probe` ….
     """
+    tokens = token_ids(tokens, model.config.text_config.vocab_size)
     output = model(tokens, **forward)
     segments = output.token_positions.segments
     hidden = jnp.moveaxis(output.hidden[..., :-1, :], -2, 0)
@@ -55,7 +57,7 @@ def token_scores(
 
 
 def token_logprobs(
-    model: Llama4, tokens: Int[Array, "*batch seq"], *, token_block: int = 1024, **forward: Any
+    model: Llama4, tokens: TokenIds, *, token_block: int = 1024, **forward: Any
 ) -> Float[Array, "*batch seq"]:
     """The log-probability of each token, in nats; see `token_scores`."""
     return token_scores(model, tokens, token_block=token_block, **forward).logprobs

@@ -17,6 +17,7 @@ from llama4_eqx.layers.interfaces import FeedForward
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.unstacked import unstacked_weight
+from llama4_eqx.run_time_checks import refuse_if
 
 
 class Experts(eqx.Module):
@@ -129,6 +130,11 @@ class MoE(FeedForward):
         router_logits = sites("router_logits", linear(x, router))
         scores = self.score(router_logits.astype(jnp.float32))
         expert_ids = sites("expert_ids", top_k_experts(router_logits, self.top_k, bias, self.score))
+        if sites.probe.edits("expert_ids"):
+            expert_ids += refuse_if(
+                jnp.any((expert_ids < 0) | (expert_ids >= len(router))),
+                f"An edit chose an expert that isn't there: the layer has 0 to {len(router) - 1}.",
+            )
         router_weights = jnp.take_along_axis(scores, expert_ids, axis=-1).astype(x.dtype)
         router_weights = sites("router_weights", router_weights)
         # Under tensor parallelism routed and shared experts both produce partial sums: all-reduce

@@ -3,8 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
 
@@ -22,13 +23,14 @@ class LogitAttribution(eqx.Module):
 
 
 def direct_logit_attribution(
-    model: Llama4, tokens: Int[Array, "*batch seq"], targets: Int[Array, "*batch seq"]
+    model: Llama4, tokens: TokenIds, targets: TokenIds
 ) -> LogitAttribution:
     """Splits each position's logit of its target token into what the embedding, and each layer's
     attention and feed-forward network, have written into the residual stream.
 
     The final norm divides by the root mean square of the whole stream, which counts as given.
     """
+    targets = token_ids(targets, model.config.text_config.vocab_size)
     sites = ("embedding", "attn_out", "ff_out", "resid_post")
     readings = model(tokens, probe=Probe(read=sites)).readings
     norm = model.decoder.norm

@@ -43,7 +43,14 @@ class LocalEdit(Edit):
         """The new value, wherever it applies."""
 
     def __call__(self, site: str, value: Array, layer: LayerNumber) -> Array:
-        new = jnp.broadcast_to(self.change(site, value), value.shape).astype(value.dtype)
+        new = jnp.asarray(self.change(site, value))
+        lined_up = zip(reversed(new.shape), reversed(value.shape), strict=False)
+        if new.ndim > value.ndim or any(size not in (1, own) for size, own in lined_up):
+            raise ValueError(
+                f"{type(self).__name__} has a value of shape {new.shape} for {site}, of shape "
+                f"{value.shape}: give one that broadcasts to it."
+            )
+        new = jnp.broadcast_to(new, value.shape).astype(value.dtype)
         applies = jnp.asarray(True) if self.layers is None else jnp.any(self.layers == layer)
         if self.positions is not None:
             axis = token_axis(site)
@@ -57,7 +64,7 @@ class LocalEdit(Edit):
 class Add(LocalEdit):
     """Adds `value`, which broadcasts against the site's, such as a steering vector."""
 
-    value: Float[Array, "..."]
+    value: Float[Array, "..."] = eqx.field(converter=jnp.asarray)
 
     def change(self, site: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
         return value + self.value.astype(value.dtype)
@@ -66,7 +73,7 @@ class Add(LocalEdit):
 class Patch(LocalEdit):
     """Puts `value` in place, which broadcasts against the site's: what another run has read."""
 
-    value: Array
+    value: Array = eqx.field(converter=jnp.asarray)
 
     def change(self, site: str, value: Array) -> Array:
         return self.value
@@ -101,13 +108,13 @@ class At(Edit):
 
 
 def ban_experts(
-    experts: Bool[Array, "*batch seq experts"] | Bool[Array, "experts"],
+    experts: Bool[ArrayLike, "*batch seq experts"] | Bool[ArrayLike, "experts"] | Sequence[bool],
     *,
     layers: int | Sequence[int] | None = None,
     positions: int | Sequence[int] | None = None,
 ) -> Add:
     """Keeps tokens from the experts where True: their router logits become -inf."""
-    banned = jnp.where(experts, -jnp.inf, 0.0)
+    banned = jnp.where(jnp.asarray(experts), -jnp.inf, 0.0)
     return Add("router_logits", banned, layers=layers, positions=positions)
 
 

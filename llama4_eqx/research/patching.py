@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
 from llama4_eqx.research.edits import At, Patch
@@ -17,8 +19,8 @@ Metric = Callable[[Float[Array, "seq vocab"]], Float[Array, ""]]
 
 def patch_sweep(
     model: Llama4,
-    tokens: Int[Array, "seq"],
-    source: Float[Array, "layers seq ..."],
+    tokens: TokenIds,
+    source: Float[ArrayLike, "layers seq ..."],
     metric: Metric,
     *,
     site: str = "resid_post",
@@ -33,6 +35,7 @@ def patch_sweep(
     One forward call's cost a pair: `batch_size` of them are rows of one batch, all in one program
     under `jit`.
     """
+    tokens, source = _row(model, tokens), jnp.asarray(source)
     numbers = _layers_with(model, site)
     layers = list(numbers) if layers is None else list(layers)
     positions = range(len(tokens)) if positions is None else positions
@@ -67,8 +70,8 @@ def patch_sweep(
 
 def attribution_patching(
     model: Llama4,
-    tokens: Int[Array, "seq"],
-    source: Float[Array, "layers seq ..."],
+    tokens: TokenIds,
+    source: Float[ArrayLike, "layers seq ..."],
     metric: Metric,
     *,
     site: str = "resid_post",
@@ -87,6 +90,13 @@ def attribution_patching(
     gradients, values = jax.grad(run, has_aux=True)(jnp.zeros_like(source))
     effects = (source - values) * gradients
     return effects.reshape(*effects.shape[:2], -1).sum(-1)
+
+
+def _row(model: Llama4, tokens: TokenIds) -> Int[Array, "seq"]:
+    row = token_ids(tokens, model.config.text_config.vocab_size)
+    if row.ndim != 1:
+        raise ValueError(f"Patching takes one row of tokens, not an array of shape {row.shape}.")
+    return row
 
 
 def _layers_with(model: Llama4, site: str) -> list[int]:

@@ -1,18 +1,24 @@
 """Taking a model's layers apart: one layer, or another module in place of a part of some."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import numpy as np
+from jaxtyping import Int
 
 from llama4_eqx.decoder import DecoderBlock, stacked
 from llama4_eqx.decoder_layer import DecoderLayer
+from llama4_eqx.input_checks import Number
 from llama4_eqx.layers.foreign import part_at
 from llama4_eqx.model import Llama4
 
+# Of one layer or several.
+LayerNumbers = Number | Sequence[Number] | Int[np.ndarray, "n"]
 
-def layer(model: Llama4, number: int) -> DecoderLayer:
+
+def layer(model: Llama4, number: Number) -> DecoderLayer:
     """One layer of the decoder, with arrays of its own."""
     first = 0
     for block in model.decoder.blocks:
@@ -22,7 +28,7 @@ def layer(model: Llama4, number: int) -> DecoderLayer:
     raise ValueError(f"The model has no layer {number}, only 0 to {first - 1}.")
 
 
-def separated(model: Llama4, layers: Sequence[int]) -> Llama4:
+def separated(model: Llama4, layers: LayerNumbers) -> Llama4:
     """The same model with these layers as blocks of their own, for what concerns them alone:
 
         model = separated(model, [20])
@@ -31,11 +37,11 @@ def separated(model: Llama4, layers: Sequence[int]) -> Llama4:
     The layers between them stay stacked and scanned, if they were.
     """
     every = model.decoder.layers()
-    _check_numbers(layers, len(every))
+    numbers = _as_numbers(layers, len(every))
     was_stacked = any(block.repeats is not None for block in model.decoder.blocks)
     blocks: list[DecoderBlock] = []
     start = 0
-    for number in [*sorted(set(layers)), len(every)]:
+    for number in [*sorted(set(numbers)), len(every)]:
         between = every[start:number]
         if between:
             blocks += stacked(between) if was_stacked else [DecoderBlock(tuple(between))]
@@ -44,7 +50,7 @@ def separated(model: Llama4, layers: Sequence[int]) -> Llama4:
     return eqx.tree_at(lambda model: model.decoder.blocks, model, tuple(blocks))
 
 
-def in_layers(model: Llama4, layers: Sequence[int], *patterns: str) -> tuple[str, ...]:
+def in_layers(model: Llama4, layers: LayerNumbers, *patterns: str) -> tuple[str, ...]:
     """Patterns of `select` that match in these layers alone, from patterns within a layer:
     `in_layers(model, [20], "self_attn.*")`.
 
@@ -55,20 +61,20 @@ def in_layers(model: Llama4, layers: Sequence[int], *patterns: str) -> tuple[str
         for i in range(block.depth):
             alone = block.repeats in (None, 1)
             paths[len(paths)] = f"decoder.blocks.{b}.layers.{i}" if alone else None
-    _check_numbers(layers, len(paths))
-    shared = [number for number in layers if paths[number] is None]
+    numbers = _as_numbers(layers, len(paths))
+    shared = [number for number in numbers if paths[number] is None]
     if shared:
         raise ValueError(
-            f"Layer {shared[0]} is stacked with others: take separated(model, {list(layers)})."
+            f"Layer {shared[0]} is stacked with others: take separated(model, {numbers})."
         )
-    return tuple(f"{paths[number]}.{pattern}" for number in layers for pattern in patterns)
+    return tuple(f"{paths[number]}.{pattern}" for number in numbers for pattern in patterns)
 
 
 def replaced(
     model: Llama4,
     part: str | None,
     make: Callable[[Any], Any],
-    layers: int | Sequence[int] | None = None,
+    layers: LayerNumbers | None = None,
 ) -> Llama4:
     """The model with `make(old)` in place of a part of some layers, or of all.
 
@@ -85,20 +91,19 @@ def replaced(
     """
     blocks = model.decoder.blocks
     every = model.decoder.layers()
-    numbers = range(len(every)) if layers is None else layers
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    _check_numbers(numbers, len(every))
-    for number in numbers:
+    for number in _as_numbers(range(len(every)) if layers is None else layers, len(every)):
         every[number] = _with_part(every[number], part, make, number)
     was_stacked = any(block.repeats is not None for block in blocks)
     new = stacked(every) if was_stacked else (DecoderBlock(tuple(every)),)
     return eqx.tree_at(lambda model: model.decoder.blocks, model, new)
 
 
-def _check_numbers(layers: Iterable[int], depth: int) -> None:
-    for number in layers:
+def _as_numbers(layers: LayerNumbers, depth: int) -> list[int]:
+    numbers = [layers] if isinstance(layers, Number) else layers
+    for number in numbers:
         if not 0 <= number < depth:
             raise ValueError(f"The model has no layer {number}, only 0 to {depth - 1}.")
+    return [int(number) for number in numbers]
 
 
 def _with_part(
