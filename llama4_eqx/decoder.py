@@ -237,9 +237,9 @@ class Decoder(eqx.Module):
 
 
 def stacked(layers: Sequence[DecoderLayer]) -> tuple[DecoderBlock, ...]:
-    """Blocks of the layers, in order: wherever a cycle of alike layers repeats, they are stacked.
+    """Blocks of the layers, in order: wherever a cycle of layers repeats, they are stacked.
 
-    Layers are alike if they have the same modules, settings and shapes.
+    Layers repeat others that have the same modules, settings and shapes.
     """
     kinds = [_kind(layer) for layer in layers]
     blocks: list[DecoderBlock] = []

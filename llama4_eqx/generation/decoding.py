@@ -39,10 +39,7 @@ def prefill(
 
 @eqx.filter_jit
 def decode_step(
-    model: Llama4,
-    token: Int[ArrayLike, "*batch"],
-    cache: KVCache,
-    probe: Probe | None = None,
+    model: Llama4, token: Int[ArrayLike, "*batch"], cache: KVCache, probe: Probe | None = None
 ) -> tuple[Float[Array, "*batch vocab"], KVCache]:
     """Reads one token of each row: the logits of the next, and the cache. A probe's edits apply."""
     output = model(jnp.asarray(token)[..., None], cache=cache, probe=probe)

@@ -83,8 +83,8 @@ def replaced(
     `part` is a field of a `DecoderLayer`, such as `"self_attn"`, `"feed_forward"` or a norm, or a
     path below it (`"feed_forward.shared_expert"`), settings too (`"feed_forward.score"`, or
     `"feed_forward.experts.activation"` with `lambda old: jax.nn.gelu`); None stands for the layer
-    itself. If the layers were stacked, alike ones are stacked again, so that an odd one costs the
-    compile time of a few layers, not of all.
+    itself. If the layers were stacked, those of one kind are stacked again, so that an odd one
+    costs the compile time of a few layers, not of all.
 
     `save_checkpoint` stores the parameters of classes of your own under their own paths, and
     `load_checkpoint(folder, make=lambda model: replaced(model, …))` reads them.
