@@ -9,11 +9,6 @@ from llama4_eqx.checkpoints import CheckpointError as CheckpointError
 from llama4_eqx.checkpoints import load_checkpoint as load_checkpoint
 from llama4_eqx.checkpoints import save_checkpoint as save_checkpoint
 from llama4_eqx.config import Llama4Config as Llama4Config
-from llama4_eqx.config import RopeScaling as RopeScaling
-from llama4_eqx.config import TextConfig as TextConfig
-from llama4_eqx.config import VisionConfig as VisionConfig
-from llama4_eqx.config import determine_is_moe_layer as determine_is_moe_layer
-from llama4_eqx.config import determine_is_nope_layer as determine_is_nope_layer
 from llama4_eqx.decoder import Decoder as Decoder
 from llama4_eqx.decoder import DecoderBlock as DecoderBlock
 from llama4_eqx.decoder_layer import DecoderLayer as DecoderLayer
@@ -43,10 +38,15 @@ from llama4_eqx.quantization import quantize as quantize
 from llama4_eqx.regraft import with_config as with_config
 from llama4_eqx.shape_checks import enable_shape_checks as enable_shape_checks
 from llama4_eqx.summary import parameter_table as parameter_table
+from llama4_eqx.text_config import RopeScaling as RopeScaling
+from llama4_eqx.text_config import TextConfig as TextConfig
+from llama4_eqx.text_config import determine_is_moe_layer as determine_is_moe_layer
+from llama4_eqx.text_config import determine_is_nope_layer as determine_is_nope_layer
 from llama4_eqx.vision import UnfoldConvolution as UnfoldConvolution
 from llama4_eqx.vision import VisionEncoder as VisionEncoder
 from llama4_eqx.vision import VisionEncoderLayer as VisionEncoderLayer
 from llama4_eqx.vision import VisionMLP as VisionMLP
 from llama4_eqx.vision import VisionModel as VisionModel
+from llama4_eqx.vision_config import VisionConfig as VisionConfig
 
 __version__ = "0.2.0"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llama4_eqx.hf_config import field_names, listed, shown
+from llama4_eqx.config_file import field_names, listed, shown
 
 # Far above any model's: a damaged file must not cause lists of billions of layers.
 MAX_LAYERS = 10_000

@@ -11,7 +11,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from llama4_eqx.config import TextConfig
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.collectives import MeshAxes
@@ -24,6 +23,7 @@ from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import RotaryEmbedding
 from llama4_eqx.layers.scanned import ScannedWeight
 from llama4_eqx.layers.sites import Readings, concatenated, in_layer_order
+from llama4_eqx.text_config import TextConfig
 
 
 class DecoderBlock(eqx.Module):

@@ -7,13 +7,13 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from llama4_eqx.config import TextConfig
 from llama4_eqx.layers.attention import Attention, TemperatureTuning
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.interfaces import FeedForward, SequenceMixer, takes_row_shards
 from llama4_eqx.layers.mlp import MLP
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.layers.norm import RMSNorm
+from llama4_eqx.text_config import TextConfig
 
 
 class DecoderLayer(eqx.Module):

@@ -38,13 +38,16 @@ Pixels = (
 """Tiles as JAX's, NumPy's or torch's floats."""
 
 
+PAD_ROWS = "pad rows of different lengths and pass a mask"
+
+
 def token_ids(tokens: Any, vocab: int) -> Int[Array, "*batch seq"]:
     """The tokens as an int32 array, each checked to be an id of the vocabulary.
 
     Raises a `ValueError` for anything but integers, and for an id outside the vocabulary: at once
     where the values are known, at run time under `jit`.
     """
-    tokens = _as_array("tokens", tokens, "ids", "pad rows of different lengths and pass a mask")
+    tokens = as_array("tokens", tokens, "ids", PAD_ROWS)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
             f"tokens must be integers, but are {tokens.dtype}: pass ids, such as a tokenizer's."
@@ -55,7 +58,8 @@ def token_ids(tokens: Any, vocab: int) -> Int[Array, "*batch seq"]:
     if isinstance(tokens, np.ndarray) or _is_known(tokens):
         ids = np.asarray(tokens)
         if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-            raise ValueError(sentence)
+            wrong = ids[(ids < 0) | (ids >= vocab)].flat[0]
+            raise ValueError(f"{sentence} The first such id is {wrong}.")
         return jnp.asarray(tokens, jnp.int32)
     # In a small dtype the bound itself could wrap around.
     top = min(vocab - 1, int(jnp.iinfo(tokens.dtype).max))
@@ -93,7 +97,7 @@ def integers_of(name: str, given: Any, shape: tuple[int, ...]) -> Int[Array, "*b
 
 def pixels_of(pixel_values: Any) -> Float[Array, "tiles channels height width"]:
     """The pixels as an array. Raises a `ValueError` unless they are normalised floats."""
-    pixels = _as_array("pixel_values", pixel_values, "tiles", "make them with processing.process")
+    pixels = as_array("pixel_values", pixel_values, "tiles", "make them with processing.process")
     if not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise ValueError(
             f"pixel_values must be normalised floats, but are {pixels.dtype}: make them with "
@@ -108,13 +112,13 @@ def pixels_of(pixel_values: Any) -> Float[Array, "tiles channels height width"]:
 
 
 def _of_shape(name: str, given: Any, shape: tuple[int, ...]) -> Any:
-    given = _as_array(name, given, "the tokens' shape", "pad its rows like the tokens'")
+    given = as_array(name, given, "the tokens' shape", "pad its rows like the tokens'")
     if given.shape != shape:
         raise ValueError(f"{name} must have the tokens' shape {shape}, but has {given.shape}.")
     return given
 
 
-def _as_array(name: str, given: Any, content: str, mend: str) -> Any:
+def as_array(name: str, given: Any, content: str, mend: str) -> Any:
     """JAX's array, or NumPy's of anything else."""
     if isinstance(given, jax.Array):
         return given

@@ -1,6 +1,5 @@
 """The whole model: tokens and images in, logits out."""
 
-import operator
 from functools import partial
 
 import equinox as eqx
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from llama4_eqx.argument_checks import check_key, check_type, float_dtype, whole_number
 from llama4_eqx.config import Llama4Config
 from llama4_eqx.decoder import Decoder
 from llama4_eqx.input_checks import (
@@ -76,6 +76,9 @@ class Llama4(eqx.Module):
     ) -> None:
         """A model with random weights. For the shapes alone, at any size, wrap the call in
         `eqx.filter_eval_shape`."""
+        check_type("config", config, Llama4Config, "a text-only one is Llama4Config(text_config)")
+        check_key(key)
+        dtype = float_dtype(dtype)
         embed_key, decoder_key, head_key, vision_key, projector_key = jax.random.split(key, 5)
         text, vision = config.text_config, config.vision_config
         if vision is None:
@@ -147,10 +150,13 @@ class Llama4(eqx.Module):
                     "prefill each document as a row of its own, and pass start= to empty_cache "
                     "to begin at a later position."
                 )
+            check_type("cache", cache, KVCache, "make one with model.empty_cache")
             self._check_cache(cache)
             placed, span, cache = _continue(cache, tokens.shape, mask)
         available = self.sites(images=pixel_values is not None)
+        check_type("backends", backends, Backends)
         if probe is not None:
+            check_type("probe", probe, Probe, "write Probe(read=…, edit=…)")
             probe.check_sites(available)
         sites = Sites(probe, available)
         image_key, decoder_key = (None, None) if key is None else jax.random.split(key)
@@ -210,11 +216,12 @@ class Llama4(eqx.Module):
         exact; see `KVCache.quantized`.
         """
         shape = (batch_shape,) if isinstance(batch_shape, Number) else batch_shape
-        shape, capacity = tuple(map(int, shape)), operator.index(capacity)
-        if capacity < 1 or start < 0 or start + capacity > LAST_POSITION:
+        shape = tuple(whole_number("batch_shape", size, least=0) for size in shape)
+        capacity = whole_number("capacity", capacity)
+        if start < 0 or start + capacity > LAST_POSITION:
             raise ValueError(
-                f"A cache holds at least one token, and positions from 0 to {LAST_POSITION}; got "
-                f"capacity={capacity}, start={start}."
+                f"A cache holds positions from 0 to {LAST_POSITION}, but got capacity={capacity}, "
+                f"start={start}."
             )
         empty = partial(self.decoder.empty_cache, shape, capacity, start=start)
         if dtype is None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from llama4_eqx.argument_checks import check_type, dtype_name
 from llama4_eqx.axes import axis_words, leaf_name, matrix_axes, select
 from llama4_eqx.layers.quantized import LARGEST, Quantized, is_quantized, quantized
 from llama4_eqx.model import Llama4
@@ -27,15 +28,15 @@ class Quantization:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if dtype_name(self.dtype) not in LARGEST:
+            raise ValueError(
+                f"Weights can be quantised to {', '.join(LARGEST)}, not to "
+                f"{dtype_name(self.dtype)}."
+            )
         if jnp.dtype(self.dtype) == jnp.int4 and self.group_size is None:
             object.__setattr__(self, "group_size", 32)
         if self.group_size is not None and self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, but is {self.group_size}.")
-        if jnp.dtype(self.dtype).name not in LARGEST:
-            raise ValueError(
-                f"Weights can be quantised to {', '.join(LARGEST)}, not to "
-                f"{jnp.dtype(self.dtype).name}."
-            )
 
     def of(self, weight: Float[Array, "..."], inputs: tuple[int, ...]) -> Quantized:
         """The weight in few bits; `inputs` are the axes that its product sums over."""
@@ -69,7 +70,9 @@ def quantize(model: Llama4, quantization: Quantization | None = None) -> Llama4:
 
     To save memory already while loading, use `load_checkpoint(folder, quantize=Quantization())`.
     """
+    check_type("model", model, Llama4, "quantise the base of a LoRA")
     quantization = Quantization() if quantization is None else quantization
+    check_type("quantization", quantization, Quantization, "such as Quantization(dtype=jnp.int4)")
     inputs = quantization.inputs(model)
 
     def convert(path, leaf):

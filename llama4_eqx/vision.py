@@ -10,7 +10,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from llama4_eqx.config import VisionConfig
 from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import merged
@@ -20,6 +19,7 @@ from llama4_eqx.layers.rope import Rotation
 from llama4_eqx.layers.sites import NO_SITES, Sites
 from llama4_eqx.layers.vision_attention import VisionAttention, rotation_2d
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
+from llama4_eqx.vision_config import VisionConfig
 
 
 class UnfoldConvolution(eqx.Module):

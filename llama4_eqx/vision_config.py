@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
-from llama4_eqx import config_checks, hf_config
+from llama4_eqx import config_checks, config_file, hf_config
 
 
 @no_type_check  # __post_init__ checks the types, with better errors
@@ -51,7 +51,7 @@ class VisionConfig:
                 ),
                 (
                     self.hidden_act == "gelu",
-                    f"hidden_act must be 'gelu', but is {hf_config.shown(self.hidden_act)}",
+                    f"hidden_act must be 'gelu', but is {config_file.shown(self.hidden_act)}",
                 ),
                 (
                     self.norm_eps == 1e-5,
@@ -88,9 +88,9 @@ class VisionConfig:
         )
 
     @classmethod
-    def from_hf(cls, source: hf_config.Source) -> "VisionConfig":
+    def from_hf(cls, source: config_file.Source) -> "VisionConfig":
         """Reads a `vision_config`, alone or as the part of a whole `config.json`."""
-        with hf_config.reading(source) as raw:
+        with config_file.reading(source) as raw:
             part = hf_config.parts(raw).vision if hf_config.is_whole(raw) else raw
             if part is None:
                 raise ValueError("config.json has no vision_config: its model is text-only.")

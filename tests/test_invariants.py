@@ -147,10 +147,10 @@ def test_local_layers_cache_one_chunk():
     model = random_model(SCOUT)
     cache = model.empty_cache((3,), 64)
     slots = [layer.slots for layer in cache.blocks[0]]
-    assert slots == [8, 8, 8, 64]
+    assert slots == [8, 64]
     # Against the arithmetic of the text: keys and values of 2 heads of 16 float32.
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.blocks[0])) == (
-        3 * 2 * (3 * 8 + 64) * 2 * 2 * 16 * 4
+        3 * 2 * (8 + 64) * 2 * 2 * 16 * 4
     )
 
 

@@ -24,9 +24,9 @@ from tests.toys import MULTIMODAL, TOYS
 PACKAGE = Path(l4.__file__).parent
 # From the bottom up. An import goes to a lower floor, or to another file of the same folder.
 FLOORS = (
-    ("hf_config", "axes", "lowering", "run_time_checks", "processing"),
-    ("config_checks", "input_checks", "layers", "linen", "shape_checks", "summary"),
-    ("vision_config",),
+    ("argument_checks", "axes", "config_file", "lowering", "run_time_checks", "processing"),
+    ("config_checks", "hf_config", "input_checks", "layers", "linen", "shape_checks", "summary"),
+    ("text_config", "vision_config"),
     ("config",),
     ("decoder_layer",),
     ("decoder", "projector"),

@@ -8,11 +8,17 @@ import numpy as np
 import torch
 import transformers
 
-from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
+from llama4_eqx.config import Llama4Config
+from llama4_eqx.text_config import RopeScaling, TextConfig
+from llama4_eqx.vision_config import VisionConfig
 
-SCOUT = Llama4Config.tiny().text_config
+SCOUT = replace(Llama4Config.tiny().text_config, num_hidden_layers=4, no_rope_layer_interval=2)
 MAVERICK = replace(
-    SCOUT, rope_scaling=None, use_qk_norm=False, interleave_moe_layer_step=2, num_local_experts=8
+    Llama4Config.tiny().text_config,
+    rope_scaling=None,
+    use_qk_norm=False,
+    interleave_moe_layer_step=2,
+    num_local_experts=8,
 )
 TOYS: dict[str, TextConfig] = {
     "scout": SCOUT,
@@ -20,11 +26,11 @@ TOYS: dict[str, TextConfig] = {
     "irregular": replace(
         MAVERICK,
         use_qk_norm=True,
-        no_rope_layers=(1, 0, 0, 1, 1, 1, 0, 1, 1),
-        moe_layers=(0, 3, 4, 8),
-        num_hidden_layers=9,
+        no_rope_layers=(1, 0, 0, 1, 1),
+        moe_layers=(0, 1, 3),
+        num_hidden_layers=5,
     ),
-    "tail": replace(SCOUT, num_hidden_layers=11),
+    "tail": replace(SCOUT, num_hidden_layers=5),
     "top-2": replace(MAVERICK, num_experts_per_tok=2),
     "bias": replace(SCOUT, attention_bias=True),
     "tied": replace(SCOUT, tie_word_embeddings=True),
@@ -33,8 +39,8 @@ TOYS: dict[str, TextConfig] = {
     "scaled-1-4": replace(SCOUT, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
     "layer-types": replace(
         SCOUT,
-        layer_types=("full_attention", "chunked_attention", "chunked_attention") * 3,
-        num_hidden_layers=9,
+        layer_types=("full_attention", "chunked_attention", "chunked_attention") * 2,
+        num_hidden_layers=6,
     ),
     "dense": replace(SCOUT, moe_layers=()),
     "unchunked": replace(SCOUT, attention_chunk_size=None, attn_temperature_tuning=False),

@@ -3,8 +3,8 @@
 `convert_meta_checkpoint` needs the extra `meta`, `TrainCheckpointer` the extra `train`.
 """
 
-from llama4_eqx.checkpoints.adapters import load_adapter as load_adapter
-from llama4_eqx.checkpoints.adapters import save_adapter as save_adapter
+from llama4_eqx.checkpoints.adapter_reading import load_adapter as load_adapter
+from llama4_eqx.checkpoints.adapter_saving import save_adapter as save_adapter
 from llama4_eqx.checkpoints.errors import CheckpointError as CheckpointError
 from llama4_eqx.checkpoints.generation_config import GenerationConfig as GenerationConfig
 from llama4_eqx.checkpoints.generation_config import (

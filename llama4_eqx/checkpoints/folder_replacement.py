@@ -38,6 +38,14 @@ _NO_LINKS = {errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+def target_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where a folder is to be written, links followed. Raises a `ValueError` for an empty name,
+    which would be the working directory and is more likely a variable that isn't set."""
+    if not os.fspath(folder):
+        raise ValueError("The folder's name is empty: give one, or '.' for the working directory.")
+    return Path(os.path.realpath(folder))
+
+
 class Staging:
     """A hidden folder, `path`, whose content will replace that of `target` or become it.
 

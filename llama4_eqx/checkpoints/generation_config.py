@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama4_eqx.checkpoints.errors import CheckpointError
-from llama4_eqx.config import TextConfig
 from llama4_eqx.generation import Greedy, Sample, Sampler
+from llama4_eqx.text_config import TextConfig
 
 FILE = "generation_config.json"
 _MAX_BYTES = 2**20

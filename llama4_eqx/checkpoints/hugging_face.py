@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from llama4_eqx import hf_config
+from llama4_eqx import config_file, hf_config
+from llama4_eqx.argument_checks import float_dtype
 from llama4_eqx.axes import leaf_name
 from llama4_eqx.checkpoints.bitsandbytes import with_bitsandbytes
 from llama4_eqx.checkpoints.compressed import with_compressed
@@ -109,7 +109,7 @@ def load_checkpoint(
     if part not in ("whole", "text", "vision"):
         raise ValueError(f"part must be 'whole', 'text' or 'vision', not {part!r}.")
     if dtype is not None:
-        dtype = _float_dtype(dtype)
+        dtype = float_dtype(dtype)
     folder = Path(folder)
     for _ in range(_ATTEMPTS):
         recover(Path(os.path.realpath(folder)))
@@ -195,7 +195,7 @@ def _load(
 
 def _quantized_weights(headers: dict[str, Header], folder: Path) -> Mapping[str, Single]:
     """The tensors of a folder, with one thing in place of each quantised weight's parts."""
-    settings = hf_config.quantization(hf_config.read_config(folder))
+    settings = hf_config.quantization(config_file.read_config(folder))
     if settings is None:
         return headers
     if settings["quant_method"] == "bitsandbytes":
@@ -236,16 +236,6 @@ def _plans(
         return plain(shape, dtypes[i])
 
     return [plan(i, leaf_name(path), leaf.shape) for i, (path, leaf) in enumerate(named)]
-
-
-def _float_dtype(dtype: Any) -> Any:
-    try:
-        dtype = jnp.dtype(dtype)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError("dtype must be a floating-point dtype such as bfloat16 or float32.")
-    return dtype
 
 
 def _identity(folder: Path) -> list[tuple[Any, ...]]:

@@ -15,10 +15,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llama4_eqx.checkpoints.errors import CheckpointError, listed
-from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.folder_replacement import Staging, target_folder
 from llama4_eqx.checkpoints.meta_companions import number_of_ranks, write_companions
 from llama4_eqx.checkpoints.meta_tensors import converted
-from llama4_eqx.config import Llama4Config, RopeScaling, TextConfig, VisionConfig
+from llama4_eqx.config import Llama4Config
+from llama4_eqx.text_config import RopeScaling, TextConfig
+from llama4_eqx.vision_config import VisionConfig
 
 _FILE = re.compile(r"consolidated\..*\.pth")
 _DERIVED = re.compile(r"rope\.freqs|_extra_state$")
@@ -39,7 +41,7 @@ def convert_meta_checkpoint(
     an `OSError` if there is no room. The size of a context isn't in Meta's files: set
     `max_position_embeddings` in the new `config.json` where it matters.
     """
-    source, target = Path(source), Path(os.path.realpath(target))
+    source, target = Path(source), target_folder(target)
     _require_absent(target)
     shards = _open(source)
     try:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama4_eqx.argument_checks import check_type
 from llama4_eqx.axes import leaf_name
 from llama4_eqx.checkpoints import generation_config
 from llama4_eqx.checkpoints.compressed_saving import (
@@ -19,7 +20,7 @@ from llama4_eqx.checkpoints.compressed_saving import (
     made_tensors,
     quantization_config,
 )
-from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.folder_replacement import Staging, target_folder
 from llama4_eqx.checkpoints.foreign import FOREIGN_PARTS, parts_note
 from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE
 from llama4_eqx.checkpoints.safetensors_writing import (
@@ -68,6 +69,7 @@ def save_checkpoint(
     Raises `FileExistsError` for an existing checkpoint, an `OSError` if there is no room, and a
     `ValueError` for a model that its config doesn't describe, which nobody could load again.
     """
+    check_type("model", model, Llama4, "save a LoRA with save_adapter, or save lora.merged()")
     number = isinstance(max_shard_bytes, int | float | np.integer)
     if not number or not max_shard_bytes >= 1:
         raise ValueError(f"max_shard_bytes must be a positive number, not {max_shard_bytes!r}.")
@@ -79,7 +81,7 @@ def save_checkpoint(
             "from."
         )
     _refuse_odd_leaves(model)
-    folder = Path(os.path.realpath(folder))
+    folder = target_folder(folder)
     files = _planned(model, int(max_shard_bytes))
     found = difference(weight_shapes(model))
     if found is not None:

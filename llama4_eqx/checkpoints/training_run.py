@@ -8,7 +8,6 @@ complete: `state/` holds the arrays, `run/metadata` their shapes and the positio
 import contextlib
 import json
 import logging
-import operator
 import os
 import re
 import shutil
@@ -22,8 +21,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from llama4_eqx.argument_checks import whole_number
 from llama4_eqx.checkpoints.checksums import damage, write_checksums
 from llama4_eqx.checkpoints.errors import CheckpointError, listed
+from llama4_eqx.checkpoints.folder_replacement import target_folder
 from llama4_eqx.checkpoints.run_state import (
     decoded_position,
     dtype_and_shape,
@@ -59,8 +60,8 @@ class TrainCheckpointer:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int | Any = 3):
-        self._folder = Path(folder).absolute()
-        self._max_to_keep = _whole_number("max_to_keep", max_to_keep, at_least=1)
+        self._folder = target_folder(folder)
+        self._max_to_keep = whole_number("max_to_keep", max_to_keep, least=1)
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{self._folder} is a file: give a folder.")
         self._orbax = _orbax()
@@ -92,7 +93,7 @@ class TrainCheckpointer:
         Raises an `OSError` at once if the folder can't be written, and if the previous save failed,
         such as for a full disk: older checkpoints are unchanged, and the next save starts afresh.
         """
-        step = _whole_number("step", step, at_least=0)
+        step = whole_number("step", step, least=0)
         self.wait()
         arrays = {name: leaf for name, leaf in named_leaves(state) if eqx.is_array(leaf)}
         leaves = {name: dtype_and_shape(leaf) for name, leaf in arrays.items()}
@@ -273,16 +274,6 @@ class TrainCheckpointer:
             for name, leaf in named_leaves(like)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _whole_number(name: str, value: Any, *, at_least: int) -> int:
-    try:
-        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < at_least:
-        raise ValueError(f"{name} must be a whole number from {at_least}, not {value!r}.")
-    return number
 
 
 def _orbax() -> Any:

@@ -1,9 +1,8 @@
 """Finding out before a long run that its result couldn't be saved."""
 
 import os
-from pathlib import Path
 
-from llama4_eqx.checkpoints.folder_replacement import Staging
+from llama4_eqx.checkpoints.folder_replacement import Staging, target_folder
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:
@@ -11,7 +10,7 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
 
     To be called before a run that takes long. Raises an `OSError` that says what is in the way.
     """
-    target = Path(os.path.realpath(folder))
+    target = target_folder(folder)
     staging: Staging | None = None
     try:
         staging = Staging(target)

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.decoder import Decoder
+from llama4_eqx.distributed.cache_sharding import cache_specs, common_slots
 from llama4_eqx.distributed.rules import Rules
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, psum_over, pvary
@@ -94,7 +95,7 @@ class MeshParallel(Parallel):
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "*batch seq hidden"], KVCache | None, Readings]:
         lead = self._token_axes(x.shape[:-1])
-        slots = 0 if cache is None else _common_slots(cache)
+        slots = 0 if cache is None else common_slots(cache)
         mesh_axes = self._mesh_axes(lead, x.shape[-2], slots=slots)
         probe = context.execution.sites.probe
         if probe.read or probe.edit or not _take_row_shards(decoder):  # a probe sees whole rows
@@ -110,7 +111,7 @@ class MeshParallel(Parallel):
             local_context = Context(tokens, rotation, span, execution)
             return decoder(x, local_context, cache, remat=remat, key=key)
 
-        cached = None if cache is None else _cache_specs(decoder, cache, lead, mesh_axes)
+        cached = None if cache is None else cache_specs(decoder, cache, lead, mesh_axes)
         words, read = decoder.sites(), probe.read
         reading_specs = {
             site: P(None, *(a or None for a in value_axes(words[site], len(lead) - 1, mesh_axes)))
@@ -284,37 +285,3 @@ def _take_row_shards(decoder: Decoder) -> bool:
 def _has_columns(head: Array | Quantized) -> PyTree:
     """Whether each array of the head has columns to shard: scales of whole outputs have none."""
     return jax.tree.map(lambda x: x.shape[1] > 1, head)
-
-
-def _common_slots(cache: KVCache) -> int:
-    """The greatest common divisor of all caches' slots."""
-    words = axis_words(cache.blocks)
-    return math.gcd(
-        *(
-            leaf.shape[axis - len(words[leaf_name(path)])]
-            for path, leaf in jax.tree_util.tree_leaves_with_path(cache.blocks)
-            for axis, word in enumerate(words[leaf_name(path)])
-            if word == "slots"
-        )
-    )
-
-
-def _cache_specs(
-    decoder: Decoder, cache: KVCache, lead: tuple[AxisNames | None, ...], mesh_axes: MeshAxes
-) -> Any:
-    """By the axis words of the caches: a layer's begins with the batch, after the repeats of a
-    stacked block."""
-    words, of_row = axis_words(cache.blocks), P(*lead[:-1])
-    sharded = {"heads": mesh_axes.heads, "kv_heads": mesh_axes.heads, "slots": mesh_axes.slots}
-
-    def spec(path: Any, leaf: Array, repeats: int | None) -> P:
-        stack = [] if repeats is None else [None]
-        inner = leaf.ndim - len(stack) - len(of_row)
-        ends = words[leaf_name(path)][-inner:] if inner else ()
-        return P(*stack, *of_row, *(sharded.get(word) or None for word in ends))
-
-    repeats = [block.repeats for block in decoder.blocks]
-    blocks = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(path, leaf, repeats[path[0].idx]), cache.blocks
-    )
-    return eqx.tree_at(lambda c: (c.blocks, c.start, c.length), cache, (blocks, of_row, of_row))

@@ -28,6 +28,8 @@ class Rules:
     """
 
     def __init__(self, rules: "RulesLike | None" = None, /, **more: MeshAxisNames) -> None:
+        if not isinstance(rules, Rules | Mapping | None):
+            raise TypeError(f"Rules are a preset or a dict, such as FSDP, but got {rules!r}.")
         given = {} if rules is None else {word: rules[word] for word in rules}
         axes = {word: _as_tuple(names) for word, names in (given | more).items()}
         self._axes = {word: names for word, names in axes.items() if names}

@@ -1,6 +1,5 @@
 """What to continue, and how."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from functools import wraps
@@ -13,9 +12,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from llama4_eqx.argument_checks import check_type, whole_number
 from llama4_eqx.generation.processors import LogitsProcessor
 from llama4_eqx.generation.sampling import Greedy, Sampler
-from llama4_eqx.input_checks import Mask, Pixels, SupportsArray, TokenIds
+from llama4_eqx.input_checks import PAD_ROWS, Mask, Pixels, SupportsArray, TokenIds, as_array
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
@@ -24,11 +24,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def _as_tokens(tokens: Any) -> Any:
+    return (
+        as_array("tokens", tokens, "ids", PAD_ROWS) if isinstance(tokens, list | tuple) else tokens
+    )
+
+
 def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
     if stop_ids is None:
         return ()
     ids = [stop_ids] if np.ndim(stop_ids) == 0 else stop_ids
-    return tuple(operator.index(i) for i in ids)
+    return tuple(whole_number("A stop id", i, least=0) for i in ids)
 
 
 def _as_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
@@ -38,7 +44,7 @@ def _as_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
 
 
 def _as_copies(copies: Any) -> int | None:
-    return None if copies is None else operator.index(copies)
+    return None if copies is None else whole_number("samples", copies)
 
 
 def _as_array(pixels: Any) -> Any:
@@ -62,9 +68,9 @@ class Request(eqx.Module):
     new plain function is compiled anew.
     """
 
-    tokens: TokenIds
+    tokens: TokenIds = eqx.field(converter=_as_tokens)
     _: KW_ONLY
-    max_new_tokens: int = eqx.field(converter=operator.index)
+    max_new_tokens: int = eqx.field(converter=lambda n: whole_number("max_new_tokens", n))
     mask: Mask | None = None
     pixel_values: Pixels | None = eqx.field(default=None, converter=_as_array)
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None
@@ -79,10 +85,7 @@ class Request(eqx.Module):
     def __check_init__(self) -> None:
         if np.shape(self.tokens)[-1:] == (0,):
             raise ValueError("A prompt needs at least one token.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}.")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples must be at least 1, but is {self.samples}.")
+        check_type("sampler", self.sampler, Sampler, "such as Greedy() or Sample(temperature=0.6)")
         if self.key is None and not isinstance(self.sampler, Greedy):
             raise ValueError(
                 f"{type(self.sampler).__name__} draws at random: pass key=jax.random.key(seed)."
@@ -133,6 +136,7 @@ def with_request(
 
     @wraps(run)
     def call(model: Llama4, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        check_type("model", model, Llama4, "a LoRA runs as lora.merged()")
         return run(model, request(*args, **kwargs))
 
     return call

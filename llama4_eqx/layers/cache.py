@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, Num, PyTree
 
+from llama4_eqx.argument_checks import dtype_name
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma
 from llama4_eqx.layers.mask import TokenPositions
 from llama4_eqx.layers.quantized import LARGEST
@@ -192,8 +193,8 @@ class KVCache(eqx.Module):
     def quantized(self, dtype: DTypeLike = jnp.int8) -> "KVCache":
         """The cache with its keys and values in int8 or float8, each token's with a scale for each
         head; what is stored later is rounded, too. Other layers' caches stay as they are."""
-        if jnp.dtype(dtype).name not in _DTYPES:
-            raise ValueError(f"A cache can be {' or '.join(_DTYPES)}, not {jnp.dtype(dtype).name}.")
+        if dtype_name(dtype) not in _DTYPES:
+            raise ValueError(f"A cache can be {' or '.join(_DTYPES)}, not {dtype_name(dtype)}.")
         if self.dtype is not None:
             raise ValueError(f"The cache is {self.dtype} already.")
 

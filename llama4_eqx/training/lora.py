@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from llama4_eqx.argument_checks import check_key, check_type, whole_number
 from llama4_eqx.axes import leaf_name, matrix_axes, select
 from llama4_eqx.layers.lowrank import LowRank, merged
 from llama4_eqx.layers.quantized import is_quantized, weight_shapes
@@ -50,8 +51,16 @@ class LoRA(eqx.Module):
     ) -> None:
         """Updates are scaled by `alpha / rank`; `alpha` defaults to twice the rank.
 
-        Raises a `ValueError` for a pattern that matches no leaf, or a leaf that isn't a matrix.
+        Raises a `ValueError` for a rank below 1, for no pattern, for a pattern that matches no
+        leaf, and for a leaf that isn't a matrix.
         """
+        check_type("model", model, Llama4)
+        check_key(key)
+        rank = whole_number("rank", rank)
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, but is {alpha}.")
+        if not patterns:
+            raise ValueError("A LoRA needs patterns of the weights to update: 'decoder.*_proj'.")
         self.model = model
         self.scale = 2.0 if alpha is None else alpha / rank
         self.updates = {}

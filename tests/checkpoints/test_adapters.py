@@ -189,7 +189,7 @@ def test_errors(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
         load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="no updates"):
-        save_adapter(LoRA(model, rank=1, key=jax.random.key(0)), tmp_path / "none")
+        save_adapter(lora.with_updates({}), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

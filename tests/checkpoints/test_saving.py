@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -212,9 +213,12 @@ def test_a_reader_during_overwrites_gets_one_of_the_models(way, tmp_path, monkey
     folder, stop = tmp_path / "model", threading.Event()
     l4.save_checkpoint(tiny_model(1.0), folder)
     models = [tiny_model(value) for value in (1.0, 2.0)]
+    start = time.perf_counter()
+    l4.load_checkpoint(folder)
+    pause = 2 * (time.perf_counter() - start)  # so that most reads meet one save at most
 
     def overwrite():
-        while not stop.wait(0.3):
+        while not stop.wait(pause):
             models.reverse()
             l4.save_checkpoint(models[0], folder, overwrite=True, max_shard_bytes=2000)
 

@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from swap_attention import LinearAttention
 
 TOLERANCE = 1e-5
-CONFIG = replace(SCOUT, num_hidden_layers=12)
+CONFIG = replace(SCOUT, num_hidden_layers=12, no_rope_layer_interval=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,57 @@
+"""Checks of single arguments: what kind of object each is, and numbers that aren't arrays."""
+
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_type(name: str, given: Any, kind: type, mend: str = "") -> None:
+    """Raises a `TypeError` that names the argument unless it is of the kind; `mend` says what to do
+    about others."""
+    if not isinstance(given, kind):
+        end = f": {mend}." if mend else "."
+        raise TypeError(f"{name} must be a {kind.__name__}, but is a {type(given).__name__}{end}")
+
+
+def check_key(key: Any) -> None:
+    """Raises a `TypeError` for what can't be a key, such as a seed."""
+    if not hasattr(key, "shape"):
+        raise TypeError(
+            f"key must be a JAX PRNG key, but is a {type(key).__name__}: pass jax.random.key(seed)."
+        )
+
+
+def whole_number(name: str, given: Any, *, least: int = 1) -> int:
+    """A count as Python's `int`, whatever library's integer it was. Raises a `ValueError` for
+    anything else, and below `least`."""
+    try:
+        number = None if isinstance(given, bool | np.bool_) else operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number from {least}, not {given!r}.")
+    return number
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, for an error's sentence also of what is none."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
+
+
+def float_dtype(dtype: Any) -> Any:
+    """JAX's dtype of that name. Raises a `ValueError` for others than of floating-point numbers."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            "dtype must be a floating-point dtype of JAX, such as jnp.bfloat16 or 'float32', but "
+            f"is {dtype!r}."
+        )
+    return found
