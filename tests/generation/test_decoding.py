@@ -73,7 +73,7 @@ def test_unbatched_prompt_and_single_token(model):
 
 def test_generation_errors(model):
     prompt = random_tokens(10)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="a whole number from 1"):
         l4.generate(model, prompt, max_new_tokens=0)
     with pytest.raises(ValueError, match="pass key="):
         l4.generate(model, prompt, max_new_tokens=2, sampler=l4.Sample())
