@@ -23,15 +23,16 @@ def check_key(key: Any) -> None:
         )
 
 
-def whole_number(name: str, given: Any, *, least: int = 1) -> int:
+def whole_number(name: str, given: Any, *, least: int | None = 1) -> int:
     """A count as Python's `int`, whatever library's integer it was. Raises a `ValueError` for
-    anything else, and below `least`."""
+    anything else, and below `least`, if there is one."""
     try:
         number = None if isinstance(given, bool | np.bool_) else operator.index(given)
     except TypeError:
         number = None
-    if number is None or number < least:
-        raise ValueError(f"{name} must be a whole number from {least}, not {given!r}.")
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" from {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, not {given!r}.")
     return number
 
 

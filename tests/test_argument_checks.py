@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import llama4_eqx as l4
+from llama4_eqx import generation, research
 from llama4_eqx.checkpoints import TrainCheckpointer, load_adapter, save_adapter
 from llama4_eqx.distributed import shard
 from llama4_eqx.generation import Sample
+from llama4_eqx.layers import Probe
 from llama4_eqx.quantization import Quantization, quantize
 from llama4_eqx.training import LoRA
 from tests.toys import SCOUT
@@ -55,6 +58,33 @@ KINDS = {
     "name for a sampler": (lambda m, _: l4.generate(m, TOKENS, sampler="greedy", **NEW), "Greedy"),
     "bits": (lambda m, _: quantize(m, "int8"), r"such as Quantization\(dtype=jnp.int4\)"),
     "quantised LoRA": (lambda _, lora: quantize(lora), "quantise the base of a LoRA"),
+    "no mesh": (lambda m, _: shard(m, None, {}), "must be a Mesh, but is a NoneType: make one"),
+    "value for an edit": (lambda m, _: Probe(edit=3), "a function edit.site, value, layer."),
+    "class for an edit": (lambda m, _: Probe(edit=research.Add), "must be an Edit, a function"),
+    "plain processor": (
+        lambda m, _: l4.generate(m, TOKENS, processors=[print], **NEW),
+        "A processor must be a LogitsProcessor, but is a builtin",
+    ),
+    "processor's class": (
+        lambda m, _: l4.generate(m, TOKENS, processors=generation.NoRepeatNgram, **NEW),
+        "LogitsProcessor",
+    ),
+    "beams of a LoRA": (
+        lambda _, lora: generation.beam_search(lora, TOKENS, beams=2, **NEW),
+        r"lora.merged\(\)",
+    ),
+    "likelihood by a LoRA": (
+        lambda _, lora: generation.loglikelihood(lora, TOKENS, TOKENS),
+        r"lora.merged\(\)",
+    ),
+    "config for a model": (
+        lambda m, _: research.replaced(m.config, "self_attn", lambda old: old),
+        "model must be a Llama4",
+    ),
+    "no part": (
+        lambda m, _: research.replaced(m, "self_attn", lambda old: None),
+        "in place of self_attn of layer 0, but returned a NoneType",
+    ),
     "name for rules": (lambda m, _: shard(m, jax.make_mesh((1,), ("x",)), "x"), "or a dict, such"),
 }
 
@@ -77,8 +107,12 @@ def test_other_kinds_of_objects(model, lora, kind):
         (lambda m, n: m.empty_cache((1,), n), "capacity"),
         (lambda m, n: LoRA(m, "*q_proj", rank=n, key=KEY), "rank"),
         (lambda m, n: TrainCheckpointer("x", max_to_keep=n), "max_to_keep"),
+        (lambda m, n: generation.NoRepeatNgram(n), "size"),
+        (lambda m, n: generation.beam_search(m, TOKENS, beams=n, **NEW), "beams"),
+        (lambda m, n: generation.loglikelihood(m, TOKENS, TOKENS, batch_size=n), "batch_size"),
+        (lambda m, n: generation.token_logprobs(m, TOKENS, token_block=n), "token_block"),
     ],
-    ids=["max_new_tokens", "capacity", "rank", "max_to_keep"],
+    ids=["new", "capacity", "rank", "max_to_keep", "size", "beams", "batch_size", "token_block"],
 )
 def test_counts(model, call, name, number):
     with pytest.raises(ValueError, match=f"{name} must be a whole number from 1, not "):
@@ -89,6 +123,83 @@ def test_counts(model, call, name, number):
 def test_stop_ids(model, stop_ids):
     with pytest.raises(ValueError, match="A stop id must be a whole number from 0, not "):
         l4.generate(model, TOKENS, stop_ids=stop_ids, **NEW)
+
+
+TABLE = np.zeros((2, 256), np.int32)
+VALUES = {
+    "top_k": (lambda: Sample(top_k=1.5), "top_k must be a whole number from 1, not 1.5"),
+    "no temperature": (lambda: Sample(temperature=0), "use Greedy"),
+    "repetition penalty": (lambda: generation.RepetitionPenalty(0.0), "be a positive number, not"),
+    "penalty": (lambda: generation.PresencePenalty(np.nan), "must be a number, not nan"),
+    "word for a penalty": (lambda: generation.FrequencyPenalty("1"), "must be a number, not '1'"),
+    "banned": (lambda: generation.BannedTokens([1.5]), "whole number from 0, not 1.5"),
+    "forced": (lambda: generation.ForcedTokens([3, -2]), "whole number from -1, not -2"),
+    "real states": (lambda: generation.Automaton(TABLE * 1.0), "must be integers, states × vocab"),
+    "one state's row": (lambda: generation.Automaton(TABLE[0]), "must be integers, states × voc"),
+    "no such state": (lambda: generation.Automaton(TABLE + 2), "leads to state 2"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_of_samplers_and_processors(name):
+    make, sentence = VALUES[name]
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+TEXTS = {
+    "text": (["ab"], "Context 0 must be a list of token ids, such as a tokenizer's, not 'ab'"),
+    "real numbers": ([[1.5]], "Context 0 must be a list of token ids"),
+    "one list": ([1], "Context 0 must be a list of token ids"),
+    "beyond": ([[256]], "Context 0 has token 256, but ids go from 0 to 255"),
+    "negative": ([[-1]], "Context 0 has token -1, but"),
+    "nothing": ([[]], "Context 0 is empty"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_to_score(model, name):
+    contexts, sentence = TEXTS[name]
+    with pytest.raises(ValueError, match=sentence):
+        generation.loglikelihood(model, contexts, [[3]])
+
+
+@pytest.mark.parametrize("number", ["0", 1.0, -1, 1, True, None])
+def test_numbers_of_layers(model, number):
+    with pytest.raises(ValueError, match=r"no layer|must be a whole number"):
+        research.layer(model, number)
+
+
+def test_rows_without_a_token(model):
+    """Of one row all is padding: nothing has a probability there."""
+    mask = [[True] * 3, [False] * 3]
+    for run in (l4.generate, lambda *a, **k: list(l4.stream(*a, **k))):
+        with pytest.raises(ValueError, match="A row of the prompt has no real token"):
+            run(model, TOKENS * 2, mask=mask, **NEW)
+    with pytest.raises(ValueError, match="A row of the prompt has no real token"):
+        generation.beam_search(model, TOKENS * 2, mask=mask, beams=2, **NEW)
+
+
+def test_beams_of_nothing(model):
+    """NaN logits and forbidden vocabularies are errors here, too, not token 0."""
+    broken = eqx.tree_at(lambda m: m.lm_head, model, model.lm_head * jnp.nan)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        generation.beam_search(broken, TOKENS, beams=2, **NEW)
+    nothing = generation.Automaton(np.full((1, 256), -1))
+    with pytest.raises(ValueError, match="forbid every token"):
+        generation.beam_search(model, TOKENS, beams=2, processors=nothing, **NEW)
+    # One token and its end: the beams that find no other are no failure.
+    one = np.full((2, 256), -1)
+    one[0, 5], one[1, 7] = 1, 1
+    found = generation.beam_search(
+        model, TOKENS, beams=2, processors=generation.Automaton(one), stop_ids=7, **NEW
+    )
+    assert found.tokens[0, 0].tolist() == [5, 7]
+
+
+def test_an_edit_that_forgets_its_value(model):
+    with pytest.raises(ValueError, match="An edit at 'embedding' returned None: return the value"):
+        model(TOKENS, probe=Probe(edit=lambda site, value, layer: None))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", jnp.int32, torch.bfloat16, 16], ids=str)

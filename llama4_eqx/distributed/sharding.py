@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from llama4_eqx.argument_checks import check_type
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.distributed.mesh_parallel import MeshParallel
 from llama4_eqx.distributed.rules import Rules, RulesLike
@@ -38,6 +39,7 @@ def shardings(tree: PyTree, mesh: Mesh, rules: RulesLike) -> PyTree:
     Raises a `ValueError` that lists every mesh axis that isn't there, every axis whose size the
     devices don't divide, and every array of which two axes would be sharded along one mesh axis.
     """
+    check_type("mesh", mesh, Mesh, "make one with jax.make_mesh")
     rules, words, problems = Rules(rules), axis_words(tree), []
 
     def sharding(path, leaf):
@@ -121,6 +123,7 @@ def with_mesh(tree: T, mesh: Mesh, rules: RulesLike) -> T:
             "Unstacked experts, a form for one CPU, can't be sharded: shard the model that they "
             "were made from."
         )
+    check_type("mesh", mesh, Mesh, "make one with jax.make_mesh")
     rules = Rules(rules)
     for word in rules:
         if unknown := [axis for axis in rules[word] if axis not in mesh.shape]:

@@ -10,7 +10,14 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from llama4_eqx.argument_checks import check_type, whole_number
 from llama4_eqx.generation.decoding import decode_step, prefill
+from llama4_eqx.generation.failures import (
+    Failures,
+    failures_of_prompt,
+    failures_of_step,
+    refuse_failures,
+)
 from llama4_eqx.generation.request import Request
 from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
 from llama4_eqx.layers.cache import KVCache
@@ -43,15 +50,17 @@ def beam_search(
     processors see log-probabilities. The search of a row ends when the best unfinished text scores
     below the worst of `beams` finished ones, as `transformers` has it with `early_stopping=False`.
     """
-    asked = Request(tokens, **request)
-    if beams < 1 or asked.samples is not None:
-        raise ValueError(f"beam_search takes at least one beam and no samples, but got {beams}.")
+    check_type("model", model, Llama4, "a LoRA runs as lora.merged()")
+    beams, asked = whole_number("beams", beams), Request(tokens, **request)
+    if asked.samples is not None:
+        raise ValueError("beam_search takes no samples: it returns all of its beams.")
     bucketed, room = asked.bucketed(model)
-    found = _search(model, bucketed, room, beams, jnp.asarray(length_penalty, jnp.float32))
-    if room == asked.max_new_tokens:
-        return found
-    new = jax.device_put(np.asarray(found.tokens)[..., : asked.max_new_tokens])
-    return BeamSearch(new, found.scores)
+    penalty = jnp.asarray(length_penalty, jnp.float32)
+    found, failures = _search(model, bucketed, room, beams, penalty)
+    tokens = refuse_failures(found.tokens, failures)
+    if room > asked.max_new_tokens:
+        tokens = jax.device_put(np.asarray(tokens)[..., : asked.max_new_tokens])
+    return eqx.tree_at(lambda found: found.tokens, found, tokens)
 
 
 class _Beams(eqx.Module):
@@ -64,12 +73,13 @@ class _Beams(eqx.Module):
     finished: BeamSearch
     is_finished: Bool[Array, "*batch beams"]
     improvable: Bool[Array, "*batch"]
+    failures: Failures
 
 
 @eqx.filter_jit
 def _search(
     model: Llama4, request: Request, room: int, beams: int, length_penalty: Float[Array, ""]
-) -> BeamSearch:
+) -> tuple[BeamSearch, Failures]:
     tokens = token_ids(request.tokens, model.embed_tokens.shape[0])
     *batch, seq = tokens.shape
     given = mask_of("mask", request.mask, tokens.shape)
@@ -98,6 +108,7 @@ def _search(
         finished=BeamSearch(nothing, lowest),
         is_finished=jnp.zeros((*batch, beams), bool),
         improvable=jnp.ones(batch, bool),
+        failures=failures_of_prompt(mask),
     )
     state = _extended(request, state, copies(logits), jnp.asarray(0), length_penalty)
 
@@ -113,7 +124,7 @@ def _search(
         return i + 1, _extended(request, state, logits, i, length_penalty)
 
     _, state = lax.while_loop(unfinished, step, (jnp.asarray(1), state))
-    return state.finished
+    return state.finished, state.failures
 
 
 def _extended(
@@ -129,9 +140,13 @@ def _extended(
     for processor, memory in zip(request.processors, state.memory, strict=True):
         logprobs = processor(logprobs, memory)
     scores = jnp.maximum(state.scores[..., None] + logprobs, 2 * _LOWEST)
+    scores, logits = (lax.collapse(x, x.ndim - 2) for x in (scores, logits))
+    nothing_yet = state.improvable & ~jnp.any(state.is_finished, axis=-1)
+    allowed = jnp.where(scores > _LOWEST, scores, -jnp.inf)
+    failures = state.failures | failures_of_step(logits, allowed, nothing_yet)
     # Enough that, if some end, as many beams as before go on.
     count = min(max(2, 1 + len(request.stop_ids)) * beams, beams * vocab)
-    scores, index = lax.top_k(lax.collapse(scores, scores.ndim - 2), count)
+    scores, index = lax.top_k(scores, count)
     parent, token = index // vocab, index % vocab
     new = (jnp.arange(state.tokens.shape[-1]) >= i)[None, :]
     tokens = jnp.where(new, token[..., None], _of_beams(state.tokens, parent))
@@ -162,6 +177,7 @@ def _extended(
         finished=BeamSearch(_of_beams(all_tokens, of_all), finished_scores),
         is_finished=is_finished,
         improvable=state.improvable & jnp.any(possible > worst, axis=-1),
+        failures=failures,
     )
 
 

@@ -8,17 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from llama4_eqx.generation.failures import (
+    Failures,
+    failures_of_prompt,
+    failures_of_step,
+    refuse_failures,
+)
 from llama4_eqx.generation.request import Request, with_request
 from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
 from llama4_eqx.layers.cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.sites import Readings
 from llama4_eqx.model import Llama4, Output
-from llama4_eqx.run_time_checks import refuse_if
 
 
 @eqx.filter_jit
@@ -88,17 +92,10 @@ def stream(model: Llama4, request: Request) -> Iterator[Int[Array, "*batch"]]:
     bucketed, room = request.bucketed(model)
     state, cache, _ = _begin(model, bucketed, room)
     for left in range(request.max_new_tokens - 1, -1, -1):
-        yield _refuse_failure(state.token, state.failure)
+        yield refuse_failures(state.token, state.failures)
         if left == 0 or bool(jnp.all(state.stopped)):
             return
         state, cache = _advance_in_place((model, bucketed, state), cache)
-
-
-# What can go wrong at a step: none of these is ever answered with token 0.
-_FAILURES = (
-    "The model's logits are NaN: its weights or its input are damaged.",
-    "The processors forbid every token: let them allow a stop id where the text may end.",
-)
 
 
 class _State(eqx.Module):
@@ -107,23 +104,9 @@ class _State(eqx.Module):
     token: Int[Array, "*batch"]
     logprob: Float[Array, "*batch"]
     stopped: Bool[Array, "*batch"]
-    failure: Bool[Array, "failures"]  # of all steps so far
+    failures: Failures
     memory: tuple[PyTree, ...]  # the processors' states
     key: PRNGKeyArray
-
-
-def _refuse_failure(
-    tokens: Int[Array, "*shape"], failure: Bool[Array, "failures"]
-) -> Int[Array, "*shape"]:
-    """The tokens, or an error if they were chosen where nothing could be."""
-    if isinstance(failure, Tracer):
-        for i, sentence in enumerate(_FAILURES):
-            tokens += refuse_if(failure[i], sentence)
-        return tokens
-    for failed, sentence in zip(np.asarray(failure), _FAILURES, strict=True):
-        if failed:
-            raise ValueError(sentence)
-    return tokens
 
 
 def _last_logits(
@@ -171,7 +154,7 @@ def _begin(model: Llama4, request: Request, room: int) -> tuple[_State, KVCache,
         token=jnp.zeros(logits.shape[:-1], jnp.int32),
         logprob=jnp.zeros(logits.shape[:-1]),
         stopped=jnp.zeros(logits.shape[:-1], bool),
-        failure=jnp.zeros(len(_FAILURES), bool),
+        failures=failures_of_prompt(mask),
         memory=memory,
         key=key,
     )
@@ -187,13 +170,11 @@ def _choose(request: Request, old: _State, logits: Float[Array, "*batch vocab"])
     token = jnp.where(old.stopped, old.token, request.sampler(allowed, sample_key))
     probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     logprob = jnp.take_along_axis(probabilities, token[..., None], axis=-1)[..., 0]
-    forbidden = jnp.max(allowed, axis=-1) == -jnp.inf
     return _State(
         token=token,
         logprob=jnp.where(old.stopped, 0, logprob),
         stopped=old.stopped | request.is_stop(token),
-        failure=old.failure
-        | jnp.stack([jnp.any(jnp.isnan(logits)), jnp.any(forbidden & ~old.stopped)]),
+        failures=old.failures | failures_of_step(logits, allowed, ~old.stopped),
         memory=tuple(
             processor.update(memory, token)
             for processor, memory in zip(request.processors, old.memory, strict=True)
@@ -219,8 +200,8 @@ def _advance_in_place(
 
 def _generation(model: Llama4, request: Request) -> Generation:
     bucketed, room = request.bucketed(model)
-    found, failure = _generate(model, bucketed, room)
-    tokens, asked = _refuse_failure(found.tokens, failure), request.max_new_tokens
+    found, failures = _generate(model, bucketed, room)
+    tokens, asked = refuse_failures(found.tokens, failures), request.max_new_tokens
     readings, logprobs = found.readings, found.logprobs
     if room > asked:  # cut in NumPy: JAX would compile a slice of each length
         tokens, logprobs = (jax.device_put(np.asarray(x)[..., :asked]) for x in (tokens, logprobs))
@@ -233,9 +214,7 @@ def _generation(model: Llama4, request: Request) -> Generation:
 
 
 @eqx.filter_jit
-def _generate(
-    model: Llama4, request: Request, room: int
-) -> tuple[Generation, Bool[Array, "failures"]]:
+def _generate(model: Llama4, request: Request, room: int) -> tuple[Generation, Failures]:
     state, cache, readings = _begin(model, request, room)
     axes = dict(zip(readings, _seq_axes(model, readings), strict=True))
     seq = {site: x.shape[axes[site]] for site, x in readings.items()}
@@ -268,7 +247,7 @@ def _generate(
 
     carry = (1, state, cache, tokens, logprobs, lengths, readings)
     _, state, cache, tokens, logprobs, lengths, readings = lax.while_loop(unfinished, step, carry)
-    return Generation(tokens, lengths, logprobs, readings, cache), state.failure
+    return Generation(tokens, lengths, logprobs, readings, cache), state.failures
 
 
 def _seq_axes(model: Llama4, readings: Readings) -> list[int]:

@@ -40,7 +40,10 @@ def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
 def _as_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
     if processors is None:
         return ()
-    return (processors,) if isinstance(processors, LogitsProcessor) else tuple(processors)
+    several = tuple(processors) if isinstance(processors, list | tuple) else (processors,)
+    for one in several:
+        check_type("A processor", one, LogitsProcessor, "subclass it for one of your own")
+    return several
 
 
 def _as_copies(copies: Any) -> int | None:

@@ -9,6 +9,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from llama4_eqx.argument_checks import whole_number
+
 
 class Sampler(eqx.Module):
     """Chooses each row's next token. Write your own by subclassing."""
@@ -37,6 +39,10 @@ def _as_probability(number: ArrayLike | None) -> Float[Array, ""] | None:
     return None if number is None else _as_number(number)
 
 
+def _as_count(number: int | None) -> int | None:
+    return None if number is None else whole_number("top_k", number)
+
+
 def _is_known(number: Array) -> bool:
     return not isinstance(number, Tracer)
 
@@ -50,7 +56,7 @@ class Sample(Sampler):
     """
 
     temperature: Float[Array, ""] = eqx.field(default=1.0, converter=_as_number)
-    top_k: int | None = eqx.field(static=True, default=None)
+    top_k: int | None = eqx.field(static=True, default=None, converter=_as_count)
     top_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
     min_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
 
@@ -61,8 +67,6 @@ class Sample(Sampler):
                 "temperature must be positive, from 1e-6 to 1e6, but is "
                 f"{self.temperature}: use Greedy() for zero."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, but is {self.top_k}.")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and _is_known(value) and not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability, so from 0 to 1, but is {value}.")

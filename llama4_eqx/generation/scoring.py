@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_eqx.argument_checks import check_type, whole_number
 from llama4_eqx.input_checks import TokenIds, token_ids
 from llama4_eqx.model import Llama4
 
@@ -34,6 +35,7 @@ def token_scores(
     `forward` are keywords of the model's call: `mask`, `segment_ids`, `pixel_values`, `probe` ….
     """
     tokens = token_ids(tokens, model.config.text_config.vocab_size)
+    token_block = whole_number("token_block", token_block)
     output = model(tokens, **forward)
     segments = output.token_positions.segments
     hidden = jnp.moveaxis(output.hidden[..., :-1, :], -2, 0)
@@ -73,8 +75,8 @@ class Loglikelihood(eqx.Module):
 
 def loglikelihood(
     model: Llama4,
-    contexts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
+    contexts: Sequence[Sequence[int] | TokenIds],
+    continuations: Sequence[Sequence[int] | TokenIds],
     *,
     batch_size: int = 8,
 ) -> Loglikelihood:
@@ -83,17 +85,22 @@ def loglikelihood(
     Texts of like lengths share a batch, padded on the right. Raises a `ValueError` for an empty
     context, after which nothing has a probability: begin with the tokenizer's first token.
     """
+    check_type("model", model, Llama4, "a LoRA runs as lora.merged()")
+    batch_size = whole_number("batch_size", batch_size)
     if len(contexts) != len(continuations):
         raise ValueError(
             f"There are {len(contexts)} contexts for {len(continuations)} continuations: "
             "pass one for each."
         )
+    vocab = model.config.text_config.vocab_size
+    contexts = [_ids(f"Context {i}", text, vocab) for i, text in enumerate(contexts)]
+    continuations = [_ids(f"Continuation {i}", text, vocab) for i, text in enumerate(continuations)]
     empty = [i for i, context in enumerate(contexts) if len(context) == 0]
     if empty:
         raise ValueError(
             f"Context {empty[0]} is empty: begin with the tokenizer's first token, such as bos_id."
         )
-    texts = [[*a, *b] for a, b in zip(contexts, continuations, strict=True)]
+    texts = [np.concatenate(both) for both in zip(contexts, continuations, strict=True)]
     total, is_greedy = np.zeros(len(texts), np.float32), np.ones(len(texts), bool)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
@@ -108,6 +115,19 @@ def loglikelihood(
             part = slice(len(contexts[i]), len(texts[i]))
             total[i], is_greedy[i] = logprobs[row, part].sum(), greedy[row, part].all()
     return Loglikelihood(total, is_greedy)
+
+
+def _ids(name: str, text: Any, vocab: int) -> Int[np.ndarray, "seq"]:
+    """A text's ids, or a `ValueError` that names the text."""
+    ids = np.asarray(text)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} must be a list of token ids, such as a tokenizer's, not {text!r:.60}."
+        )
+    beyond = ids[(ids < 0) | (ids >= vocab)]
+    if beyond.size:
+        raise ValueError(f"{name} has token {beyond[0]}, but ids go from 0 to {vocab - 1}.")
+    return ids.astype(np.int32)
 
 
 @eqx.filter_jit

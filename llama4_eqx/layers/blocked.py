@@ -37,7 +37,7 @@ def blocked_forward(
 
 def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
     blocks = block_sizes(rows.shape[0], sizes.shape[0])
-    block, x = blocks[0], widen(rows, max(blocks))
+    block, x = blocks[0], widen(rows, max(blocks))  # the backward pass reads x and inner, too
     inner = ()
     if save_inner:
         inner = (jnp.zeros_like(x, shape=(x.shape[0], gate.shape[-1])),) * 2

@@ -55,6 +55,14 @@ class Probe(eqx.Module):
     read: tuple[str, ...] = eqx.field(static=True, default=(), converter=_as_names)
     edit: tuple[EditFunction, ...] = eqx.field(default=(), converter=_as_edits)
 
+    def __check_init__(self) -> None:
+        for edit in self.edit:
+            if not callable(edit) or isinstance(edit, type):
+                raise TypeError(
+                    "edit must be an Edit, a function edit(site, value, layer), or several of "
+                    f"them, not {edit!r}."
+                )
+
     def visits(self, site: str) -> bool:
         """Whether the site is read or edited."""
         return site in self.read or self.edits(site)
@@ -67,7 +75,10 @@ class Probe(eqx.Module):
         """The value after all edits."""
         for edit in self.edit:
             if self._is_called(edit, site):
-                new = jnp.asarray(edit(site, value, layer))
+                new = edit(site, value, layer)
+                if new is None:
+                    raise ValueError(f"An edit at {site!r} returned None: return the value.")
+                new = jnp.asarray(new)
                 if (new.shape, new.dtype) != (value.shape, value.dtype):
                     raise ValueError(
                         f"An edit at {site!r} must return what it got, {value.dtype} of shape "

@@ -8,6 +8,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Int
 
+from llama4_eqx.argument_checks import check_type, whole_number
 from llama4_eqx.decoder import DecoderBlock, stacked
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.input_checks import Number
@@ -20,12 +21,10 @@ LayerNumbers = Number | Sequence[Number] | Int[np.ndarray, "n"]
 
 def layer(model: Llama4, number: Number) -> DecoderLayer:
     """One layer of the decoder, with arrays of its own."""
-    first = 0
-    for block in model.decoder.blocks:
-        if first <= number < first + block.depth:
-            return block.layer(number - first)
-        first += block.depth
-    raise ValueError(f"The model has no layer {number}, only 0 to {first - 1}.")
+    (number,) = _as_numbers(number, model)
+    every = [(block, i) for block in model.decoder.blocks for i in range(block.depth)]
+    block, i = every[number]
+    return block.layer(i)
 
 
 def separated(model: Llama4, layers: LayerNumbers) -> Llama4:
@@ -36,8 +35,7 @@ def separated(model: Llama4, layers: LayerNumbers) -> Llama4:
 
     The layers between them stay stacked and scanned, if they were.
     """
-    every = model.decoder.layers()
-    numbers = _as_numbers(layers, len(every))
+    numbers, every = _as_numbers(layers, model), model.decoder.layers()
     was_stacked = any(block.repeats is not None for block in model.decoder.blocks)
     blocks: list[DecoderBlock] = []
     start = 0
@@ -61,7 +59,7 @@ def in_layers(model: Llama4, layers: LayerNumbers, *patterns: str) -> tuple[str,
         for i in range(block.depth):
             alone = block.repeats in (None, 1)
             paths[len(paths)] = f"decoder.blocks.{b}.layers.{i}" if alone else None
-    numbers = _as_numbers(layers, len(paths))
+    numbers = _as_numbers(layers, model)
     shared = [number for number in numbers if paths[number] is None]
     if shared:
         raise ValueError(
@@ -89,28 +87,32 @@ def replaced(
     `save_checkpoint` stores the parameters of classes of your own under their own paths, and
     `load_checkpoint(folder, make=lambda model: replaced(model, …))` reads them.
     """
-    blocks = model.decoder.blocks
+    check_type("model", model, Llama4)
     every = model.decoder.layers()
-    for number in _as_numbers(range(len(every)) if layers is None else layers, len(every)):
+    numbers = range(len(every)) if layers is None else _as_numbers(layers, model)
+    for number in numbers:
         every[number] = _with_part(every[number], part, make, number)
-    was_stacked = any(block.repeats is not None for block in blocks)
+    was_stacked = any(block.repeats is not None for block in model.decoder.blocks)
     new = stacked(every) if was_stacked else (DecoderBlock(tuple(every)),)
     return eqx.tree_at(lambda model: model.decoder.blocks, model, new)
 
 
-def _as_numbers(layers: LayerNumbers, depth: int) -> list[int]:
-    numbers = [layers] if isinstance(layers, Number) else layers
-    for number in numbers:
-        if not 0 <= number < depth:
-            raise ValueError(f"The model has no layer {number}, only 0 to {depth - 1}.")
-    return [int(number) for number in numbers]
+def _as_numbers(layers: Any, model: Llama4) -> list[int]:
+    check_type("model", model, Llama4)
+    depth = sum(block.depth for block in model.decoder.blocks)
+    given = [layers] if np.ndim(layers) == 0 else layers
+    numbers = [whole_number("A layer's number", number, least=None) for number in given]
+    beyond = [number for number in numbers if not 0 <= number < depth]
+    if beyond:
+        raise ValueError(f"The model has no layer {beyond[0]}, only 0 to {depth - 1}.")
+    return numbers
 
 
 def _with_part(
     old: DecoderLayer, part: str | None, make: Callable[[Any], Any], number: int
 ) -> DecoderLayer:
     if part is None:
-        return make(old)
+        return _as_module(make(old), "the whole", number)
     find = part_at(part)
     try:
         old_part = find(old)
@@ -124,7 +126,18 @@ def _with_part(
     static = {field.name: bool(field.metadata.get("static")) for field in dataclasses.fields(owner)}
     if static[name]:
         return eqx.tree_at(part_at(".".join(path)), old, _with_setting(owner, name, new))
+    if not path:
+        new = _as_module(new, part, number)
     return eqx.tree_at(find, old, new, is_leaf=lambda node: node is None)
+
+
+def _as_module(new: Any, part: str, number: int) -> Any:
+    if not isinstance(new, eqx.Module):
+        raise TypeError(
+            f"make must return an eqx.Module in place of {part} of layer {number}, but returned a "
+            f"{type(new).__name__}."
+        )
+    return new
 
 
 def _with_setting(module: Any, name: str, value: Any) -> Any:

@@ -119,7 +119,7 @@ def test_draws_follow_the_filtered_distribution():
     ("options", "sentence"),
     [
         ({"temperature": 0.0}, "use Greedy"),
-        ({"top_k": 0}, "at least 1"),
+        ({"top_k": 0}, "whole number from 1"),
         ({"top_p": 1.5}, "from 0 to 1"),
         ({"min_p": -0.1}, "from 0 to 1"),
     ],

@@ -136,7 +136,7 @@ def test_a_processor_of_ones_own(pair):
         assert (np.diff(np.asarray(new), axis=-1) > 0).all()
 
 
-@pytest.mark.parametrize("processor", [gen.BannedTokens([VOCAB]), gen.ForcedTokens(-2)])
+@pytest.mark.parametrize("processor", [gen.BannedTokens([VOCAB]), gen.ForcedTokens([1, VOCAB])])
 def test_ids_beyond_the_vocabulary_are_named(pair, processor):
     with pytest.raises(ValueError, match="isn't in the vocabulary"):
         l4.generate(pair[1], random_tokens(4), max_new_tokens=2, processors=[processor])
