@@ -206,8 +206,8 @@ class Decoder(eqx.Module):
         """The same decoder with each layer's weights as separate arrays; with `experts`, each
         expert's, too.
 
-        Compile time grows with depth, but decoding is much faster, since a scan copies each layer's
-        weights before it uses them, and a CPU an expert's.
+        Compile time grows with depth, but decoding is much faster, and training on CPUs somewhat,
+        since a scan copies each layer's weights before it uses them, and a CPU an expert's.
         """
         block = DecoderBlock(tuple(self.layers()))
         if experts:

@@ -325,7 +325,7 @@ def test_extreme_temperatures(temperature):
     [
         ({"clip_norm": -1.0}, "clip_norm must be positive"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
-        ({"micro_batches": 0}, "micro_batches must be at least 1"),
+        ({"micro_batches": 0}, "micro_batches must be a whole number from 1"),
         ({"ema_decay": 1.5}, "ema_decay must be in"),
     ],
 )

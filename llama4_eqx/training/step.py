@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from llama4_eqx.argument_checks import whole_number
 from llama4_eqx.axes import leaf_name
 from llama4_eqx.lowering import lower
 
@@ -127,8 +128,8 @@ def make_train_step(
 
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, but is {clip_norm}: pass None for none.")
-    if micro_batches is not None and micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, but is {micro_batches}.")
+    if micro_batches is not None:
+        micro_batches = whole_number("micro_batches", micro_batches)
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), but is {ema_decay}.")
 
