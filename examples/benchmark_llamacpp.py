@@ -21,27 +21,12 @@ import jax
 import jax.numpy as jnp
 import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
+from benchmark import CONFIG
 
 import llama4_eqx as l4
 
 # Chunks as long as those that llama.cpp has fixed, and no scaling of RoPE.
-SMALL = l4.TextConfig(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1024,
-    intermediate_size_mlp=1024,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_local_experts=16,
-    attention_chunk_size=8192,
-    max_position_embeddings=16384,
-    rope_scaling=None,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
+SMALL = dataclasses.replace(CONFIG, attention_chunk_size=8192, rope_scaling=None)
 LARGE = dataclasses.replace(
     SMALL,
     hidden_size=2048,

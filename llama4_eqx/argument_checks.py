@@ -36,6 +36,14 @@ def whole_number(name: str, given: Any, *, least: int | None = 1) -> int:
     return number
 
 
+def real_number(name: str, given: Any) -> float:
+    """A number as Python's `float`. Raises a `ValueError` for anything else, such as a string."""
+    array = np.asarray(given)
+    if array.ndim != 0 or not jnp.issubdtype(array.dtype, jnp.number):
+        raise ValueError(f"{name} must be a number, not {given!r}.")
+    return float(array)
+
+
 def dtype_name(dtype: Any) -> str:
     """The name of a dtype, for an error's sentence also of what is none."""
     try:
@@ -44,7 +52,7 @@ def dtype_name(dtype: Any) -> str:
         return repr(dtype)
 
 
-def float_dtype(dtype: Any) -> Any:
+def float_dtype(dtype: Any, name: str = "dtype") -> Any:
     """JAX's dtype of that name. Raises a `ValueError` for others than of floating-point numbers."""
     try:
         found = jnp.dtype(dtype)
@@ -52,7 +60,7 @@ def float_dtype(dtype: Any) -> Any:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(
-            "dtype must be a floating-point dtype of JAX, such as jnp.bfloat16 or 'float32', but "
-            f"is {dtype!r}."
+            f"{name} must be a floating-point dtype of JAX, such as jnp.bfloat16 or 'float32', "
+            f"but is {dtype!r}."
         )
     return found

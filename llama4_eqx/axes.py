@@ -127,8 +127,12 @@ def select(model: PyTree, *patterns: str) -> PyTree:
     `eqx.partition`'s filter or as `trainable` of a training step. It belongs to the very model that
     it was made from: shard a model first, then select.
 
-    Raises a `ValueError` for a pattern that matches no leaf.
+    Raises a `ValueError` for no pattern, and for one that matches no leaf.
     """
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"select takes one pattern of names or several, such as '*_proj', not {patterns}."
+        )
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     names = [leaf_name(path) if _is_floating(leaf) else "" for path, leaf in leaves]
     selected = [False] * len(names)

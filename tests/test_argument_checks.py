@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -17,7 +18,14 @@ from llama4_eqx.distributed import shard
 from llama4_eqx.generation import Sample
 from llama4_eqx.layers import Probe
 from llama4_eqx.quantization import Quantization, quantize
-from llama4_eqx.training import LoRA
+from llama4_eqx.training import (
+    LoRA,
+    init_train_state,
+    make_train_step,
+    next_token_loss,
+    router_report,
+    select,
+)
 from tests.toys import SCOUT
 
 CONFIG = l4.Llama4Config(replace(SCOUT, num_hidden_layers=1, no_rope_layers=(1,)))
@@ -123,6 +131,74 @@ def test_counts(model, call, name, number):
 def test_stop_ids(model, stop_ids):
     with pytest.raises(ValueError, match="A stop id must be a whole number from 0, not "):
         l4.generate(model, TOKENS, stop_ids=stop_ids, **NEW)
+
+
+def uniform_loss(model, batch, key):
+    return model(batch).logits.mean(), 1, {}
+
+
+ADAM = optax.adam(1e-3)
+STEPS = {
+    "optimiser's function": (lambda: make_train_step(optax.adam, uniform_loss), "one of optax"),
+    "optimiser's name": (lambda: make_train_step("adam", uniform_loss), "but is 'adam'"),
+    "no loss": (lambda: make_train_step(ADAM, None), "loss_function must be a function"),
+    "pattern": (lambda: make_train_step(ADAM, uniform_loss, trainable="*"), "select.model, '*'"),
+    "integers": (
+        lambda: make_train_step(ADAM, uniform_loss, compute_dtype="int8"),
+        "compute_dtype must be a floating-point dtype",
+    ),
+    "word for a norm": (
+        lambda: make_train_step(ADAM, uniform_loss, clip_norm="1"),
+        "clip_norm must be a number, not '1'",
+    ),
+    "no norm": (lambda: make_train_step(ADAM, uniform_loss, clip_norm=np.nan), "be positive"),
+    "word for a decay": (
+        lambda: make_train_step(ADAM, uniform_loss, ema_decay="0.9"),
+        "ema_decay must be a number, not '0.9'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_arguments_of_a_step(name):
+    make, sentence = STEPS[name]
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("patterns", [(), (3,), (None, "*")], ids=str)
+def test_patterns(model, patterns):
+    """None at all would train nothing, in silence."""
+    with pytest.raises(ValueError, match="select takes one pattern of names or several"):
+        select(model, *patterns)
+
+
+def test_numbers_of_losses_and_of_a_lora(model):
+    with pytest.raises(ValueError, match="token_block must be a whole number from 1, not 0"):
+        next_token_loss(model, TOKENS, token_block=0)
+    with pytest.raises(ValueError, match="top_k is 99, but there are 4 experts"):
+        router_report(jnp.zeros((1, 3, 4)), top_k=99)
+    with pytest.raises(ValueError, match="alpha must be a number, not '2'"):
+        LoRA(model, "*q_proj", rank=2, alpha="2", key=KEY)
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
+        LoRA(model, "*q_proj", rank=2, dtype="int8", key=KEY)
+
+
+def test_a_steps_state_and_loss(model):
+    with pytest.raises(TypeError, match=r"one of optax, such as optax\.adamw"):
+        init_train_state(model, optax.adam, key=KEY)
+    with pytest.raises(TypeError, match=r"pass jax.random.key\(seed\)"):
+        init_train_state(model, ADAM, key=0)
+    state, tokens = init_train_state(model, ADAM, key=KEY), jnp.asarray(TOKENS)
+    step = make_train_step(ADAM, uniform_loss, donate=False)
+    with pytest.raises(TypeError, match=r"state must be a TrainState.*batch comes second"):
+        step(tokens, state)
+    alone = make_train_step(ADAM, lambda *args: uniform_loss(*args)[0], donate=False)
+    with pytest.raises(TypeError, match="loss_function must return three things"):
+        alone(state, tokens)
+    several = make_train_step(ADAM, lambda m, batch, key: (m(batch).logits, 1, {}), donate=False)
+    with pytest.raises(ValueError, match=r"must be one number, but has the shape \(1, 3, 256\)"):
+        several(state, tokens)
 
 
 TABLE = np.zeros((2, 256), np.int32)

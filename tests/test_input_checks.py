@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 import torch
 from hypothesis import given, settings
@@ -331,7 +332,7 @@ def test_extreme_temperatures(temperature):
 )
 def test_settings_of_a_step(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make_train_step(None, None, **options)
+        make_train_step(optax.sgd(0.1), next_token_loss, **options)
 
 
 def document(tokens, mask):
@@ -351,5 +352,34 @@ def test_documents_that_do_not_fit_their_mask(lengths, sentence):
 def test_no_documents():
     with pytest.raises(ValueError, match="0 documents can't be split among 1 processes"):
         packed_batches([], rows=1, seq=16, seed=0)
-    with pytest.raises(ValueError, match="seq must be at least 1"):
-        packed_batches([document(6, 6)], rows=1, seq=0, seed=0)
+    for seq in (0, 2.5):
+        with pytest.raises(ValueError, match="seq must be a whole number from 1, not "):
+            packed_batches([document(6, 6)], rows=1, seq=seq, seed=0)
+    with pytest.raises(ValueError, match="seed must be a whole number from 0, not None"):
+        packed_batches([document(6, 6)], rows=1, seq=4, seed=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ([1, 2, 3], "must be a dict of its tokens and its target_mask"),
+        ("text", "but one is 'text'"),
+        ({"tokens": np.arange(3)}, "and its target_mask"),
+        ({"tokens": np.ones(3), "target_mask": np.ones(3, bool)}, "integers, but are float64"),
+        ({"tokens": np.ones((3, 2), int), "target_mask": np.ones(3, bool)}, r"of shape \(3, 2\)"),
+    ],
+    ids=["list", "text", "no mask", "real numbers", "a matrix"],
+)
+def test_documents_of_another_form(wrong, sentence):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=sentence):
+        list(packed_batches([wrong] * 4, rows=1, seq=16, seed=0, epochs=1))
+
+
+def test_documents_as_lists():
+    lists = [{"tokens": [1, 2, 3], "target_mask": [True, False, True]}] * 4
+    arrays = [{name: np.asarray(x) for name, x in one.items()} for one in lists]
+    found, same = (
+        list(packed_batches(one, rows=1, seq=6, seed=0, epochs=1)) for one in (lists, arrays)
+    )
+    assert len(found) == 2
+    assert all(map(eqx.tree_equal, found, same))

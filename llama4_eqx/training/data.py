@@ -1,7 +1,7 @@
 """Documents to batches of packed rows, with grain: shuffled, split among processes, and resumable
 at any batch. Needs the extra `train`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import grain
@@ -15,6 +15,8 @@ from grain.experimental import (
 )
 from grain.sources import RandomAccessDataSource
 from jaxtyping import Bool, Int32
+
+from llama4_eqx.argument_checks import whole_number
 
 
 class Document(TypedDict):
@@ -61,8 +63,8 @@ def packed_batches(
     without tokens or whose mask has another length.
     """
     for name, count in (("rows", rows), ("seq", seq), ("window", window), ("open_rows", open_rows)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, but is {count}.")
+        whole_number(name, count)
+    whole_number("seed", seed, least=0)
     process = jax.process_index() if process is None else process
     processes = jax.process_count() if processes is None else processes
     if len(documents) < processes:
@@ -90,7 +92,17 @@ class _Split(FlatMapTransform):
         self.size = size
 
     def flat_map(self, element: Document) -> Sequence[Document]:
-        tokens, target_mask = element["tokens"], element["target_mask"]
+        if not (isinstance(element, Mapping) and {"tokens", "target_mask"} <= element.keys()):
+            raise ValueError(
+                "A document must be a dict of its tokens and its target_mask, which is True at the "
+                f"tokens that count, but one is {element!r:.60}."
+            )
+        tokens, target_mask = np.asarray(element["tokens"]), np.asarray(element["target_mask"])
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise ValueError(
+                f"A document's tokens must be one row of integers, but are {tokens.dtype} of shape "
+                f"{tokens.shape}."
+            )
         if len(tokens) == 0:
             raise ValueError("A document has no tokens: leave empty documents out.")
         if len(tokens) != len(target_mask):

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from llama4_eqx.argument_checks import check_key, check_type, whole_number
+from llama4_eqx.argument_checks import (
+    check_key,
+    check_type,
+    float_dtype,
+    real_number,
+    whole_number,
+)
 from llama4_eqx.axes import leaf_name, matrix_axes, select
 from llama4_eqx.layers.lowrank import LowRank, merged
 from llama4_eqx.layers.quantized import is_quantized, weight_shapes
@@ -57,8 +63,9 @@ class LoRA(eqx.Module):
         check_type("model", model, Llama4)
         check_key(key)
         rank = whole_number("rank", rank)
-        if alpha is not None and not math.isfinite(alpha):
+        if alpha is not None and not math.isfinite(real_number("alpha", alpha)):
             raise ValueError(f"alpha must be a finite number, but is {alpha}.")
+        dtype = float_dtype(dtype)
         if not patterns:
             raise ValueError("A LoRA needs patterns of the weights to update: 'decoder.*_proj'.")
         self.model = model

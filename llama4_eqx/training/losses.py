@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from llama4_eqx.argument_checks import whole_number
 from llama4_eqx.input_checks import Mask, TokenIds, mask_of, token_ids
 from llama4_eqx.layers.collectives import AxisNames, match_vma, psum_over
 from llama4_eqx.layers.moe import top_k_experts
@@ -166,6 +167,7 @@ def next_token_loss(
     if not isinstance(tokens, jax.Array):  # the model's call checks the ids of those
         tokens = token_ids(tokens, model.embed_tokens.shape[0])
     target_mask = mask_of("target_mask", target_mask, tokens.shape)
+    token_block = whole_number("token_block", token_block)
     output = model(tokens, **forward)
     segments = output.token_positions.segments
     # The last token of a row has no successor; what rolls around doesn't count.
@@ -213,6 +215,8 @@ def router_report(
     """Statistics of `Output.router_logits`; padding, where `mask` is False, isn't counted.
     `expert_bias` is that of a model that has one; see `llama4_eqx.training.expert_bias`."""
     layers, *batch, experts = router_logits.shape
+    if whole_number("top_k", top_k) > experts:
+        raise ValueError(f"top_k is {top_k}, but there are {experts} experts.")
     logits = router_logits.astype(jnp.float32)
     weights = _mean_weights(jnp.ones(batch, bool) if mask is None else mask)
     bias = expert_bias

@@ -13,7 +13,13 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from llama4_eqx.argument_checks import whole_number
+from llama4_eqx.argument_checks import (
+    check_key,
+    check_type,
+    float_dtype,
+    real_number,
+    whole_number,
+)
 from llama4_eqx.axes import leaf_name
 from llama4_eqx.lowering import lower
 
@@ -63,6 +69,8 @@ def init_train_state(
 
     The model is part of the state, so the first step donates its arrays.
     """
+    _check_optimizer(optimizer)
+    check_key(key)
     trained = eqx.filter(model, trainable)
     return TrainState(
         model=model,
@@ -82,6 +90,7 @@ class TrainStep:
     donates: bool = True
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
+        check_type("state", state, TrainState, "init_train_state makes one; the batch comes second")
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
                 raise ValueError(
@@ -125,17 +134,23 @@ def make_train_step(
     The step reuses the memory of the old state, which can't be used again. With `donate=False` it
     stays usable, as suits a notebook, and takes the memory of a second one.
     """
-
-    if clip_norm is not None and not clip_norm > 0:
+    _check_optimizer(optimizer)
+    if not callable(loss_function):
+        raise TypeError(f"loss_function must be a function, but is {loss_function!r}.")
+    if isinstance(trainable, str):
+        raise TypeError(f"trainable must be a filter: write select(model, {trainable!r}).")
+    if compute_dtype is not None:
+        compute_dtype = float_dtype(compute_dtype, "compute_dtype")
+    if clip_norm is not None and not real_number("clip_norm", clip_norm) > 0:
         raise ValueError(f"clip_norm must be positive, but is {clip_norm}: pass None for none.")
     if micro_batches is not None:
         micro_batches = whole_number("micro_batches", micro_batches)
-    if not 0 <= ema_decay < 1:
+    if not 0 <= real_number("ema_decay", ema_decay) < 1:
         raise ValueError(f"ema_decay must be in [0, 1), but is {ema_decay}.")
 
     def weighted(trained, frozen, batch, key):
         model, batch = _cast((eqx.combine(trained, frozen), batch), compute_dtype)
-        loss, num_targets, aux = loss_function(model, batch, key)
+        loss, num_targets, aux = _checked_loss(loss_function(model, batch, key))
         num_targets = jnp.asarray(num_targets, jnp.float32)
         loss = loss.astype(jnp.float32) * num_targets
         return loss, (loss, num_targets, jax.tree.map(lambda leaf: leaf * num_targets, aux))
@@ -181,6 +196,25 @@ def make_train_step(
         return TrainState(model, opt_state, ema, state.step + 1, state.key), metrics
 
     return TrainStep(step, donate)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer must be one of optax, such as optax.adamw(1e-3), but is {optimizer!r}."
+        )
+
+
+def _checked_loss(found: Any) -> tuple[Array, Array, PyTree]:
+    """What a loss function has returned, or an error that says what it should."""
+    if not (isinstance(found, tuple) and len(found) == 3):
+        raise TypeError(
+            "loss_function must return three things, the mean loss, the number of targets that it "
+            f"is a mean over, and what else to report, such as {{}}, but returned {found!r:.80}."
+        )
+    if jnp.ndim(found[0]) != 0:
+        raise ValueError(f"The loss must be one number, but has the shape {jnp.shape(found[0])}.")
+    return found
 
 
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
