@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from llama4_eqx.argument_checks import (
@@ -205,7 +205,7 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
-def _checked_loss(found: Any) -> tuple[Array, Array, PyTree]:
+def _checked_loss(found: Any) -> tuple[Array, ArrayLike, PyTree]:
     """What a loss function has returned, or an error that says what it should."""
     if not (isinstance(found, tuple) and len(found) == 3):
         raise TypeError(
