@@ -5,12 +5,14 @@
     python examples/plan.py scout serve --mesh "tensor=8 expert=2" --rows 32 --seq 131072
     python examples/plan.py scout serve --topology v6e:4x4 --mesh "tensor=8 expert=2" --seq 8192
     python examples/plan.py scout serve --topology v5e:4x4 --seq 8192 --weights int8
+    python examples/plan.py scout serve --topology h100:8 --mesh "tensor=8" --seq 8192
 
 The step is lowered and compiled for as many fake devices, from shapes alone, and nothing of it is
-run. With a `--topology` it is compiled for that slice of TPUs, for which it takes libtpu (`pip
-install 'llama4_eqx[tpu-plan]'`) but no TPU. A mesh axis is called what the preset of its name cuts;
-tokens go to their experts in training, and are the same for all experts in serving. The vision
-encoder, a small part, is left out. A picture of who holds what goes into runs/plan.
+run. With a `--topology` it is compiled for those TPUs or GPUs, of which none need be there: it
+takes their compiler (`pip install 'llama4_eqx[tpu-plan]'`, or `[gpu-plan]`). A mesh axis is called
+what the preset of its name cuts; tokens go to their experts in training, and are the same for all
+experts in serving. The vision encoder, a small part, is left out. A picture of who holds what goes
+into runs/plan.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 from jax.typing import DTypeLike
 from plan_picture import draw
-from plan_tpu import TpuPlan, plan_tpu, tell_tpu
+from plan_topology import TopologyPlan, plan_topology, tell_topology
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import (
@@ -48,7 +50,7 @@ from llama4_eqx.distributed import (
     batch_sharding,
     collectives,
 )
-from llama4_eqx.distributed.topologies import HbmError, tpu_mesh
+from llama4_eqx.distributed.topologies import HbmError, topology_mesh
 from llama4_eqx.lowering import lower
 from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
 
@@ -227,13 +229,13 @@ def tell(plan: Plan, tokens: int, devices: int) -> None:
     print(DIFFERENCES)
 
 
-def main(arguments: list[str] | None = None) -> Plan | TpuPlan:
+def main(arguments: list[str] | None = None) -> Plan | TopologyPlan:
     """Plans what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", choices=("scout", "maverick"), default="scout")
     parser.add_argument("job", nargs="?", choices=("train", "serve"), default="train")
     parser.add_argument("--mesh", help='such as "fsdp=64 expert=4"')
-    parser.add_argument("--topology", help='a slice of TPUs to compile for, such as "v5p:4x4x4"')
+    parser.add_argument("--topology", help='what to compile for, such as "v5p:4x4x4" or "h100:8"')
     parser.add_argument("--weights", choices=WEIGHTS, default="bfloat16", help="when serving")
     parser.add_argument("--rows", type=int, help="of a batch; by default one a device")
     parser.add_argument("--seq", type=int, help="tokens in a row, or in the cache")
@@ -256,12 +258,12 @@ def main(arguments: list[str] | None = None) -> Plan | TpuPlan:
     print(f"{options.model}'s decoder, {options.job}, {devices}, {rows} rows of {seq:,} tokens")
     try:  # errors: axes that can't be cut so, a slice that there isn't
         if options.topology:
-            mesh = tpu_mesh(options.topology, sizes)
+            mesh = topology_mesh(options.topology, sizes)
             best = {"train": {"token_block": 4096}, "serve": {"unstacked": True}}[options.job]
             made = job(text, mesh, rows, seq, dtype=jnp.bfloat16, **best)
             tokens = rows * seq if options.job == "train" else rows
-            plan = plan_tpu(made.program, made.model, made.held, mesh, tokens, options.job)
-            tell_tpu(plan, options.topology)
+            plan = plan_topology(made.program, made.model, made.held, mesh, tokens, options.job)
+            tell_topology(plan, options.topology)
             return plan
         jax.config.update("jax_num_cpu_devices", math.prod(shape))
         mesh = jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import CONTEXT, DATA, TENSOR, init_sharded, shard
-from llama4_eqx.layers import Backends
+from llama4_eqx.layers import Backends, attention_core, token_positions
 from llama4_eqx.layers.backends import check_backend
+from llama4_eqx.layers.context import Context
+from llama4_eqx.layers.rope import RotaryEmbedding
 from llama4_eqx.lowering import lower
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
@@ -192,3 +195,34 @@ def test_the_same_test_on_a_mesh_of_tpus(axes, monkeypatch):
     placed = shard(model, mesh, rules)
     cache = init_sharded(lambda: model.empty_cache((4,), 24), mesh, rules)
     assert relative_error(outputs(placed, cache), truth) < 1e-5
+
+
+def test_a_mesh_of_hopper_gpus_gets_their_kernels(monkeypatch):
+    """Experts by grouped kernels, forward and backward, and attention by cuDNN, which JAX refuses
+    to trace where it isn't installed, though there is no such GPU here."""
+    by_cudnn = []
+    monkeypatch.setattr(
+        attention_core, "cudnn_attention", lambda q, k, v, **_: by_cudnn.append(q.shape) or q
+    )
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    config = replace(
+        SCOUT, hidden_size=128, intermediate_size=128, head_dim=64, attention_chunk_size=512
+    )
+    layer = l4.DecoderLayer(config, 0, dtype=jnp.bfloat16, key=jax.random.key(0))
+    rope = RotaryEmbedding(64, 10000.0)
+
+    def loss(layer, x):
+        tokens = token_positions(x.shape[:-1])
+        out, _, _ = layer(x, Context(tokens, rope(tokens.positions)), None)
+        return out.astype(jnp.float32).sum()
+
+    gradients = jax.shard_map(
+        eqx.filter_grad(loss), mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
+    )
+    traced = jax.jit(gradients).trace(layer, jax.ShapeDtypeStruct((2, 1024, 128), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert by_cudnn == [(1, config.num_attention_heads, 1024, 64)]
+    # Gate and up, and two for the gradient of each product; nobody needs what the layer gives.
+    assert text.count("custom_call @mosaic_gpu") == 2 + 3 * 2
+    assert "chlo.ragged_dot" not in text

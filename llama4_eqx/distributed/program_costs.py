@@ -1,4 +1,4 @@
-"""What a program compiled for TPUs costs each device: bytes of HBM, operations, cycles.
+"""What a program compiled for TPUs or GPUs costs each device: bytes of HBM, operations, cycles.
 
 XLA's own cost analysis counts a loop's body once, and the whole of an array that is updated in
 place; these counts follow the loops, and what is read and written.
@@ -32,15 +32,16 @@ class ProgramCosts:
     hbm_bytes: float
     """Read from and written to HBM."""
     flops: float
-    """Of matrix products: two for each multiplication."""
+    """Of matrix products: two for each multiplication; kernels on GPUs aren't in it."""
     cycles: float
-    """The compiler's estimate, if nothing but communication overlaps; kernels aren't in it."""
+    """The compiler's estimate, if nothing but communication overlaps; kernels aren't in it, nor is
+    there one for GPUs."""
     hbm_by_name: dict[str, float] = field(repr=False)
     """The bytes, by the operation in the source that asked for them."""
 
 
 def program_costs(program: Compiled | str | Program) -> ProgramCosts:
-    """The costs of a program compiled for TPUs, or of its text."""
+    """The costs of a program compiled for TPUs or GPUs, or of its text."""
     program = program if isinstance(program, Program) else read_hlo(program)
     by_name: dict[str, float] = defaultdict(float)
     flops = cycles = 0.0

@@ -20,7 +20,7 @@ from llama4_eqx.layers.grouped_quantized import (
     quantized_dense_mlp,
     quantized_ragged_mlp,
 )
-from llama4_eqx.layers.hopper import fits_hopper, has_hopper
+from llama4_eqx.layers.hopper import fits_hopper, may_run_on_hopper
 from llama4_eqx.layers.megablox import fits_megablox
 from llama4_eqx.layers.platforms import by_platform, may_run_on
 from llama4_eqx.layers.quantized import Quantized, is_quantized, plain_weight
@@ -84,7 +84,7 @@ def grouped_mlp(
         return _BACKENDS[backend](activation, *operands)
     if 4 * len(rows) <= len(gate):  # measured on an H100: reads less than all experts do
         on_gpu = _row_by_row
-    elif has_hopper() and fits_hopper(rows, gate):
+    elif may_run_on_hopper() and fits_hopper(rows, gate):
         on_gpu = _hopper
     else:
         on_gpu = _ragged

@@ -1,13 +1,19 @@
 """JAX's own grouped matrix products for Hopper GPUs, H100 and H200."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.collectives import pvary, varying_axes
-from llama4_eqx.layers.platforms import local_devices
+from llama4_eqx.layers.platforms import local_devices, mesh_device
 
 # Tiles of the kernels: the fastest of four tried on an H100, at 8,192 rows of Scout's sizes.
 BLOCK = 128
@@ -18,9 +24,14 @@ _TILES: dict[str, Any] = {
     "max_concurrent_steps": 4,
 }
 
+_HOPPER = re.compile(r"NVIDIA G?H\d+\b")
 
-def has_hopper() -> bool:
-    """Whether this machine has a GPU that the kernels run on."""
+
+def may_run_on_hopper() -> bool:
+    """Whether the mesh that the program is for has GPUs that the kernels run on, or this machine if
+    there is no mesh."""
+    if (device := mesh_device()) is not None:
+        return bool(_HOPPER.search(device.device_kind))
     return any(gpu.compute_capability == "9.0" for gpu in local_devices("cuda"))
 
 
@@ -66,8 +77,22 @@ def outer_product(
 
     @sequential_vmap
     def product(left, right, sizes):
-        return transposed_ragged_dot_mgpu.transposed_ragged_dot(
-            left, right, group_sizes=sizes, grid_block_n=4, **_TILES
-        )
+        with _devices_of_mesh():
+            return transposed_ragged_dot_mgpu.transposed_ragged_dot(
+                left, right, group_sizes=sizes, grid_block_n=4, **_TILES
+            )
 
     return pvary(product(left, right, sizes), tuple(varying_axes(left) | varying_axes(right)))
+
+
+@contextmanager
+def _devices_of_mesh() -> Iterator[None]:
+    """Where a program is compiled for GPUs that this machine lacks, `jax.devices()` gives those of
+    the mesh: the kernel asks it for the number of cores."""
+    mesh = mesh_device()
+    if mesh is None or local_devices("cuda"):
+        yield
+        return
+    devices = [SimpleNamespace(core_count=mesh.num_cores)]
+    with mock.patch.object(jax, "devices", return_value=devices):
+        yield

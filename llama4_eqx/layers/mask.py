@@ -51,18 +51,24 @@ def token_positions(
     """
     one_document = segment_ids is None and positions is None
     real = jnp.ones(shape, bool) if mask is None else mask
-    begins = jnp.zeros(shape, bool)
+    begins = None
     if segment_ids is not None:
         real &= segment_ids >= 0
         begins = jnp.diff(segment_ids, prepend=segment_ids[..., :1]) != 0
-    if positions is not None and segment_ids is None:
+    elif positions is not None:
         begins = _positions_restart(positions, real)
     # Numbered anew: an id that comes back later in the row names another document.
-    segments = jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
+    segments = jnp.zeros(shape, jnp.int32)
+    if begins is not None:
+        segments = jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
     if positions is None:
-        count = real.astype(jnp.int32)
-        before = jnp.cumsum(count, axis=-1) - count
-        first = jax.lax.cummax(jnp.where(begins, before, 0), axis=len(shape) - 1)
+        # Unpadded tokens aren't counted: XLA would fold the sum over a constant, for minutes.
+        before = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+        if mask is not None or segment_ids is not None:
+            before = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - real.astype(jnp.int32)
+        first = 0
+        if begins is not None:
+            first = jax.lax.cummax(jnp.where(begins, before, 0), axis=len(shape) - 1)
         offset = 0 if start is None else jnp.where(first == 0, start[..., None], 0)
         positions = before - first + offset
     return TokenPositions(

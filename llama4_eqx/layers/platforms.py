@@ -24,16 +24,20 @@ def may_run_on(platform: str) -> bool:
 
 
 def by_platform(*operands: Any, **forms: Callable[..., Any]) -> Any:
-    """`lax.platform_dependent`, but inside `jax.shard_map` on a mesh of TPUs no form of another
-    platform is traced."""
-    if _mesh_platform() == "tpu":
-        return forms.get("tpu", forms["default"])(*operands)
+    """`lax.platform_dependent`, but inside `jax.shard_map` on a mesh of TPUs or GPUs no form of
+    another platform is traced."""
+    if (platform := _mesh_platform()) in ("tpu", "cuda"):
+        return forms.get(platform, forms["default"])(*operands)
     if len(forms) == 1:
         return forms["default"](*operands)
     return lax.platform_dependent(*operands, **forms)
 
 
+def mesh_device() -> Any:
+    """What the mesh's devices are, inside `jax.shard_map`, or None: a `device_kind` and more."""
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
 def _mesh_platform() -> str | None:
-    """That of the mesh's devices, inside `jax.shard_map`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else device.platform
+    device = mesh_device()
+    return None if device is None else {"gpu": "cuda"}.get(device.platform, device.platform)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama4_eqx.distributed.program_costs import ProgramCosts, program_costs
-from llama4_eqx.distributed.topologies import compile_for_tpu, tpu_mesh
+from llama4_eqx.distributed.topologies import compile_for_topology, topology_mesh
 
 pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
 pytestmark = pytest.mark.xdist_group("libtpu")
@@ -16,11 +16,11 @@ M, K, N = 4096, 2048, 8192
 
 
 def costs(function, *shapes, donate=()) -> ProgramCosts:
-    mesh = tpu_mesh("v5p:2x2x1", {"x": 4})
+    mesh = topology_mesh("v5p:2x2x1", {"x": 4})
     place = NamedSharding(mesh, P())
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
     program = jax.jit(function, donate_argnums=donate, out_shardings=place).lower(*arrays)
-    return program_costs(compile_for_tpu(program))
+    return program_costs(compile_for_topology(program, mesh))
 
 
 def test_a_product():

@@ -31,7 +31,7 @@ from llama4_eqx.distributed import (
     collectives,
 )
 from llama4_eqx.distributed.program_costs import program_costs
-from llama4_eqx.distributed.topologies import HbmError, compile_for_tpu, tpu_mesh
+from llama4_eqx.distributed.topologies import HbmError, compile_for_topology, topology_mesh
 from llama4_eqx.lowering import lower
 from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
 
@@ -76,7 +76,7 @@ def size(tree) -> int:
 )
 def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, limit):
     """Four of Scout's layers, 16 rows with 8,192 tokens each, on sixteen chips."""
-    mesh = tpu_mesh("v6e:4x4", {"tensor": 8, "expert": 2})
+    mesh = topology_mesh("v6e:4x4", {"tensor": 8, "expert": 2})
     rules = TENSOR | EXPERT_REPLICATED_TOKENS
     config = l4.Llama4Config(replace(SCOUT, num_hidden_layers=4))
 
@@ -88,7 +88,7 @@ def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, li
     empty = partial(eqx.filter_eval_shape, model.empty_cache, (16,), 8192, dtype=cache_dtype)
     cache = abstract_sharded(empty, mesh, rules)
     token = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=NamedSharding(mesh, P()))
-    program = compile_for_tpu(lower(l4.decode_step, model, token, cache, donate=2))
+    program = compile_for_topology(lower(l4.decode_step, model, token, cache, donate=2), mesh)
     read_once = size(model) - size(model.embed_tokens) + size(cache)
     assert program_costs(program).hbm_bytes <= limit * read_once
     assert program.memory_analysis().temp_size_in_bytes < max(0.1, (limit - 1) / 5) * read_once
@@ -109,14 +109,14 @@ def training_step(mesh, rules, rows, seq):
     state = abstract_sharded(make, mesh, rules)
     step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
-    return compile_for_tpu(step.lower(state, tokens))
+    return compile_for_topology(step.lower(state, tokens), mesh)
 
 
 def test_a_training_step_computes_what_the_model_does():
     """No expert's weight gradient is made from all tokens, attention is splash attention, and what
     uneven routing may need costs nothing where it doesn't."""
     rows, seq = 4, 2048
-    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
+    mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
     program = training_step(mesh, FSDP | EXPERT_ALL_TO_ALL, rows, seq)
     of_token = 20 * 128 * 1024 + 3 * 1024 * 2048 + 16 * 1024  # attention, shared expert, router
     # A round has room for half as many tokens again; attention kernels don't say what they compute.
@@ -130,7 +130,7 @@ def test_a_training_step_computes_what_the_model_does():
 
 def test_rows_between_layers_are_scattered():
     """With sequence parallelism nothing of the tokens' features is all-reduced."""
-    mesh = tpu_mesh("v5p:2x2x1", {"fsdp": 2, "tensor": 2})
+    mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "tensor": 2})
     program = training_step(mesh, FSDP | TENSOR | SEQUENCE, 4, 2048)
     kinds = [
         one.kind
@@ -143,7 +143,10 @@ def test_rows_between_layers_are_scattered():
 
 def test_tokens_after_a_cache_are_read_by_the_kernel():
     """Its results for the cache and for the new tokens, with the logsumexp that merges them."""
-    mesh, rules = tpu_mesh("v6e:2x2", {"tensor": 2, "expert": 2}), TENSOR | EXPERT_REPLICATED_TOKENS
+    mesh, rules = (
+        topology_mesh("v6e:2x2", {"tensor": 2, "expert": 2}),
+        TENSOR | EXPERT_REPLICATED_TOKENS,
+    )
 
     def make():
         return l4.Llama4(l4.Llama4Config(SMALL), dtype=jnp.bfloat16, key=jax.random.key(0))
@@ -158,29 +161,29 @@ def test_tokens_after_a_cache_are_read_by_the_kernel():
         output = model(tokens, cache=cache)
         return output.hidden, output.cache
 
-    text = compile_for_tpu(lower(read, model, tokens, cache, donate=2)).as_text()
+    text = compile_for_topology(lower(read, model, tokens, cache, donate=2), mesh).as_text()
     kernels = re.findall(r"%(splash_mha_fwd_segmented_residuals[.\d]*) = ", text)
     assert len(kernels) == 2
 
 
 def test_a_program_that_does_not_fit():
-    mesh = tpu_mesh("v6e:4x4", {"x": 16})
+    mesh = topology_mesh("v6e:4x4", {"x": 16})
     x = jax.ShapeDtypeStruct((16, 20 * 2**30), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
     with pytest.raises(HbmError, match=r"needs \d+\.\d+G of HBM a device, which has 31\.\d+G"):
-        compile_for_tpu(jax.jit(lambda x: x + 1).lower(x))
+        compile_for_topology(jax.jit(lambda x: x + 1).lower(x), mesh)
 
 
 @pytest.mark.parametrize(
     ("topology", "sentence"),
     [
-        ("v9:4x4", "no slice of TPUs"),
-        ("v6e", "no slice of TPUs"),
+        ("v9:4x4", "neither a slice of TPUs"),
+        ("v6e", "neither a slice of TPUs"),
         ("v6e:8x8", "v6e:8x8 has 64 devices, and x 4 × y 4 are another number"),
     ],
 )
 def test_a_slice_that_there_is_not(topology, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tpu_mesh(topology, {"x": 4, "y": 4})
+        topology_mesh(topology, {"x": 4, "y": 4})
 
 
 def test_the_example(tmp_path):

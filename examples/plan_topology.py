@@ -1,4 +1,4 @@
-"""For `plan.py --topology`: what a program compiled for a slice of TPUs needs and does."""
+"""For `plan.py --topology`: what a program compiled for TPUs or GPUs needs and does."""
 
 import math
 from collections import defaultdict
@@ -15,21 +15,24 @@ import llama4_eqx as l4
 from llama4_eqx.distributed import Collective, collectives
 from llama4_eqx.distributed.hlo import read_hlo
 from llama4_eqx.distributed.program_costs import ProgramCosts, program_costs
-from llama4_eqx.distributed.topologies import compile_for_tpu
+from llama4_eqx.distributed.topologies import compile_for_topology, memory_needed
 from llama4_eqx.layers.quantized import weight_shapes
 
 GB = 1e9
-# Of one device: GB/s of HBM, and 10¹² bfloat16 operations a second, from Google's data sheets.
+# Of one device: GB/s of HBM, and 10¹² bfloat16 operations a second, from the makers' data sheets.
 CHIPS = {
     "v5e": (819, 197),
     "v5p": (2765, 459),
     "v6e": (1640, 918),
     "tpu7x": (3690, 1154),  # a chip has two devices
+    "h100": (3350, 989),
+    "h200": (4800, 989),
 }
+GPUS = ("h100", "h200")
 
 
 @dataclass(frozen=True)
-class TpuPlan:
+class TopologyPlan:
     """Of one device: bytes that it holds, by what they are for, its `arguments` and temporaries,
     and together at most the `peak`; the `costs`; and the bytes and operations that no program can
     do without: weights, caches and layers' inputs, and the model's own products."""
@@ -44,21 +47,17 @@ class TpuPlan:
     sent: list[Collective]
 
 
-def plan_tpu(
+def plan_topology(
     lowered: Lowered,
     model: l4.Llama4,
     held: dict[str, int],
     mesh: Mesh,
     tokens: int,
     job: Literal["train", "serve"],
-) -> TpuPlan:
-    """Compiles a step that takes in so many tokens. Errors: see `compile_for_tpu`."""
-    program = compile_for_tpu(lowered)
-    memory, text = program.memory_analysis(), read_hlo(program)
-    if memory is None:
-        raise ValueError("This compiler doesn't say how much memory a program takes.")
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+) -> TopologyPlan:
+    """Compiles a step that takes in so many tokens. Errors: see `compile_for_topology`."""
+    program = compile_for_topology(lowered, mesh)
+    text = read_hlo(program)
     flops = 2 * active_parameters(model) * tokens / mesh.size
     if job == "serve":
         unread = 0 if model.lm_head is None else used_bytes(model.embed_tokens, mesh)
@@ -69,11 +68,9 @@ def plan_tpu(
         # the backward one, where the layer runs again and inputs and weights get their gradients.
         ideal_bytes = 2 * (held["parameters"] + held["optimiser"]) + 7 * used_bytes(model, mesh)
         ideal_bytes += 3 * held["activations: each layer's input"]
-    return TpuPlan(
+    return TopologyPlan(
         held,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        needed,
+        *memory_needed(program),
         program_costs(text),
         ideal_bytes,
         flops,
@@ -103,7 +100,7 @@ def active_parameters(model: l4.Llama4) -> int:
     return everything - table - layers * idle * of_expert
 
 
-def tell_tpu(plan: TpuPlan, topology: str) -> None:
+def tell_topology(plan: TopologyPlan, topology: str) -> None:
     """Prints the plan."""
     print("\nEach device holds, in GB")
     for what, size in plan.held.items():
@@ -117,13 +114,20 @@ def tell_tpu(plan: TpuPlan, topology: str) -> None:
     print("\nEach device does in a step")
     print(f"  HBM, read and written    {costs.hbm_bytes / GB:10.1f} GB, {ratio:.2f} × the least")
     flops, least = costs.flops / 1e12, plan.ideal_flops / 1e12
-    print(f"  products                 {flops:10.2f} T, {flops / least:.2f} × the model's own")
     kind = topology.partition(":")[0]
+    if kind in GPUS:  # whose kernels don't say what they compute
+        print(f"  products outside kernels {flops:10.2f} T, of the model's {least:.2f}")
+        flops = max(flops, least)
+    else:
+        print(f"  products                 {flops:10.2f} T, {flops / least:.2f} × the model's own")
     if kind in CHIPS:
         bandwidth, rate = CHIPS[kind]
         memory, compute = costs.hbm_bytes / bandwidth / GB, flops / rate
         print(f"  at the chip's rates      {1e3 * memory:10.1f} ms, and {1e3 * compute:.1f} ms")
-    print(f"  the compiler estimates   {costs.cycles / 1e6:10.1f} million cycles without kernels")
+    if costs.cycles:
+        print(
+            f"  the compiler estimates   {costs.cycles / 1e6:10.1f} million cycles but for kernels"
+        )
 
     print("\nEach device sends in a step, in MB, if all goes around in rings")
     sent: dict[tuple[str, ...], float] = defaultdict(float)
