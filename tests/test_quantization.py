@@ -23,7 +23,7 @@ from llama4_eqx.distributed import (
 )
 from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
 from llama4_eqx.layers.grouped import _row_by_row
-from llama4_eqx.layers.grouped_quantized import quantized_ragged_mlp
+from llama4_eqx.layers.grouped_quantized import quantized_dense_mlp, quantized_ragged_mlp
 from llama4_eqx.layers.quantized import quantized, quantized_product
 from llama4_eqx.quantization import Quantization, quantize
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
@@ -133,11 +133,11 @@ def test_products_and_their_gradients(dtype):
     assert relative_error(our_vjp(truth)[0], vjp(truth)[0]) < 1e-5
 
 
-def expert_weights(dtype):
+def expert_weights(dtype, group_size=None):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (5, 32, 48), (5, 32, 48), (5, 48, 32)
     return tuple(
-        quantized(jax.random.normal(key, shape) / 6, (1,), dtype)
+        quantized(jax.random.normal(key, shape) / 6, (1,), dtype, group_size)
         for key, shape in zip(keys, shapes, strict=True)
     )
 
@@ -153,12 +153,25 @@ def test_experts(dtype, sizes):
     ours, our_vjp = jax.vjp(lambda rows: grouped_mlp(rows, *weights, sizes), rows)
     error = np.abs(ours - truth).max() / max(np.abs(truth).max(), 1e-9)
     assert error < (3e-2 if dtype == jnp.int8 else 1e-5)
-    for form in (quantized_ragged_mlp, _row_by_row):  # for TPUs, and for few rows on GPUs
+    # For TPUs, and for few and more rows on GPUs.
+    for form in (quantized_ragged_mlp, _row_by_row, quantized_dense_mlp):
         np.testing.assert_allclose(form(jax.nn.silu, rows, weights, sizes), truth, atol=1e-5)
     np.testing.assert_allclose(our_vjp(rows)[0], vjp(rows)[0], atol=1e-5)
     np.testing.assert_allclose(
         grouped_mlp(rows, *weights, sizes, backend="ragged"), truth, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("form", [_row_by_row, quantized_dense_mlp])
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [(jnp.int4, None), (jnp.int4, 8), (jnp.int4, 1), (jnp.int8, 16)]
+)
+def test_experts_in_groups(dtype, group_size, form):
+    """Of one number, too, where the two that share a byte have different scales."""
+    weights, sizes = expert_weights(dtype, group_size), jnp.array([9, 0, 1, 17, 3])
+    rows = jax.random.normal(jax.random.key(4), (33, 32))
+    truth = grouped_mlp(rows, *dequantized(weights), sizes, backend="dense")
+    np.testing.assert_allclose(form(jax.nn.silu, rows, weights, sizes), truth, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])

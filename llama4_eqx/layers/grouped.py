@@ -55,7 +55,8 @@ def grouped_mlp(
     has such a GPU; megablox if this machine or the mesh has TPUs; and ragged everywhere else.
 
     Quantised weights go through a loop of their own on CPUs, through a ragged product of the
-    converted numbers on TPUs, and are dequantised for many rows on GPUs or with a `backend`.
+    converted numbers on TPUs, through products of all experts for some rows on GPUs, and are
+    dequantised for many there, or with a `backend`.
     Unstacked weights, and those of a scan, are used as they are on CPUs, and each layer's are
     stacked elsewhere or with a `backend`.
     """
@@ -133,11 +134,10 @@ def _row_by_row(activation: Activation, rows: Array, *weights_and_sizes: Any) ->
 def _of_quantized(
     activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
 ) -> Array:
-    few = 4 * len(rows) <= len(sizes)
-    on_gpu = _row_by_row if few else _with_plain_weights
+    dense = quantized_dense_mlp if len(rows) <= MOST_DENSE_ROWS else _with_plain_weights
+    on_gpu = _row_by_row if 4 * len(rows) <= len(sizes) else dense
     scaled = all(weight.scales_outputs(1) for weight in weights)
-    of_groups = quantized_dense_mlp if len(rows) <= MOST_DENSE_ROWS else _with_plain_weights
-    elsewhere = quantized_ragged_mlp if scaled else of_groups
+    elsewhere = quantized_ragged_mlp if scaled else dense
     forms = {"cpu": quantized_blocked_mlp, "cuda": on_gpu, "default": elsewhere}
     return by_platform(
         rows, weights, sizes, **{name: partial(form, activation) for name, form in forms.items()}

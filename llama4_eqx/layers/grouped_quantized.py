@@ -35,24 +35,24 @@ def quantized_ragged_mlp(
 def quantized_dense_mlp(
     activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
 ) -> Array:
-    """By products of all rows with all experts, for few rows: they read numbers of few bits as such
-    whatever the scales are, which ragged ones don't."""
+    """By products of all rows with all experts, for few rows: they read numbers of few bits as
+    such, which ragged ones don't on GPUs, and on TPUs not with scales of groups."""
+
+    def products(x: Array, weight: Array) -> Array:
+        weight = weight.astype(x.dtype)
+        return jnp.einsum("etd,edf->etf", x, weight, preferred_element_type=jnp.float32)
 
     def product(x: Array, weight: Quantized) -> Array:
+        if weight.scales_outputs(1):
+            return (products(x, weight.numbers) * weight.scale.astype(jnp.float32)).astype(x.dtype)
         parts = weight.by_parity()
-        outs = (
-            jnp.einsum(
-                "td,edf->etf" if x.ndim == 2 else "etd,edf->etf",
-                x[..., i :: len(parts)],
-                part.dequantized().astype(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
-            for i, part in enumerate(parts)
-        )
+        outs = (products(x[..., i :: len(parts)], p.dequantized()) for i, p in enumerate(parts))
         return sum(outs, start=jnp.zeros((), jnp.float32)).astype(x.dtype)
 
     gate, up, down = weights
-    inner = gated_product(activation, product(rows, gate), product(rows, up))
+    # Rows for each expert: for a product with the same ones, GPUs would transpose the weights.
+    x = jnp.broadcast_to(rows, (len(sizes), *rows.shape))
+    inner = gated_product(activation, product(x, gate), product(x, up))
     row, ends = jnp.arange(len(rows)), jnp.cumsum(sizes)[:, None]
     of_expert = (ends - sizes[:, None] <= row) & (row < ends)
     return jnp.where(of_expert[..., None], product(inner, down), 0).sum(0)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -54,15 +55,7 @@ def grouped_product(
     transposed: bool = False,
 ) -> Float[Array, "tokens columns"]:
     """`x · weight[expert]` for each expert's rows, or `x · weight[expert]ᵀ`; anything elsewhere."""
-    # Here, since the module is slow to import and of no use without such a GPU.
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
-
-    @sequential_vmap
-    def product(x, weight, sizes):
-        return ragged_dot_mgpu.ragged_dot(
-            x, weight, group_sizes=sizes, grid_block_n=8, transpose_rhs=transposed, **_TILES
-        )
-
+    product = sequential_vmap(partial(_grouped_product, transposed))
     # The kernels lose on which mesh axes their operands vary.
     return pvary(product(x, weight, sizes), tuple(varying_axes(x) | varying_axes(weight)))
 
@@ -73,16 +66,29 @@ def outer_product(
     sizes: Int[Array, "experts"],
 ) -> Float[Array, "experts rows columns"]:
     """`leftᵀ · right` over each expert's rows."""
+    product = sequential_vmap(_outer_product)
+    return pvary(product(left, right, sizes), tuple(varying_axes(left) | varying_axes(right)))
+
+
+# Under `jit`, so that a kernel is made once for all layers of the same sizes, which takes a second.
+@partial(jax.jit, static_argnums=0)
+def _grouped_product(transposed: bool, x: Array, weight: Array, sizes: Array) -> Array:
+    # Here, since the module is slow to import and of no use without such a GPU.
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    return ragged_dot_mgpu.ragged_dot(
+        x, weight, group_sizes=sizes, grid_block_n=8, transpose_rhs=transposed, **_TILES
+    )
+
+
+@jax.jit
+def _outer_product(left: Array, right: Array, sizes: Array) -> Array:
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
-    @sequential_vmap
-    def product(left, right, sizes):
-        with _devices_of_mesh():
-            return transposed_ragged_dot_mgpu.transposed_ragged_dot(
-                left, right, group_sizes=sizes, grid_block_n=4, **_TILES
-            )
-
-    return pvary(product(left, right, sizes), tuple(varying_axes(left) | varying_axes(right)))
+    with _devices_of_mesh():
+        return transposed_ragged_dot_mgpu.transposed_ragged_dot(
+            left, right, group_sizes=sizes, grid_block_n=4, **_TILES
+        )
 
 
 @contextmanager

@@ -47,14 +47,16 @@ def size(tree) -> int:
 
 @compiles
 @pytest.mark.slow
-def test_decoding_reads_each_weight_and_cache_once():
+@pytest.mark.parametrize("quantization", [None, l4.Quantization()], ids=["bfloat16", "int8"])
+def test_decoding_reads_each_weight_and_cache_once(quantization):
     """Four of Scout's layers, 8 rows with 8,192 tokens each, on eight H100."""
     mesh = topology_mesh("h100:8", {"tensor": 4, "expert": 2})
     rules = TENSOR | EXPERT_REPLICATED_TOKENS
 
     def make():
         config = l4.Llama4Config(SCOUT)
-        return l4.Llama4(config, dtype=jnp.bfloat16, key=jax.random.key(0)).unstacked()
+        model = l4.Llama4(config, dtype=jnp.bfloat16, key=jax.random.key(0)).unstacked()
+        return model if quantization is None else l4.quantize(model, quantization)
 
     model = abstract_sharded(make, mesh, rules)
     empty = partial(eqx.filter_eval_shape, model.empty_cache, (8,), 8192)
@@ -62,7 +64,7 @@ def test_decoding_reads_each_weight_and_cache_once():
     token = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=NamedSharding(mesh, P()))
     program = compile_for_topology(lower(l4.decode_step, model, token, cache, donate=2), mesh)
     read_once = size(model) - size(model.embed_tokens) + size(cache)
-    assert program_costs(program).hbm_bytes <= 1.08 * read_once
+    assert program_costs(program).hbm_bytes <= 1.1 * read_once
     assert program.memory_analysis().temp_size_in_bytes < 0.01 * read_once
 
 
