@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llama4_eqx as l4
-from llama4_eqx import generation, research
+from llama4_eqx import generation, research, training
 from llama4_eqx.checkpoints import TrainCheckpointer, load_adapter, save_adapter
 from llama4_eqx.distributed import shard
 from llama4_eqx.generation import Sample
@@ -93,6 +93,26 @@ KINDS = {
         lambda m, _: research.replaced(m, "self_attn", lambda old: None),
         "in place of self_attn of layer 0, but returned a NoneType",
     ),
+    "nothing to make": (
+        lambda m, _: research.replaced(m, "self_attn", None),
+        "must be a function of the old part, but is a NoneType",
+    ),
+    "number for a part": (
+        lambda m, _: research.replaced(m, 3, lambda old: old),
+        "part must be a str, but is a int: None stands for the whole layer",
+    ),
+    "config for parameters": (
+        lambda m, _: training.decay_mask(m.config),
+        "parameters must be a model's arrays, as .* but hold a Llama4Config",
+    ),
+    "config for Muon": (lambda m, _: training.muon_dimensions(m.config), "hold a Llama4Config"),
+    "output for logits": (
+        lambda m, _: training.router_report(m(TOKENS), top_k=1),
+        "router_logits must be those of an Output, .* but is a Output",
+    ),
+    "no logits": (lambda m, _: training.router_report(None, top_k=1), "but is a NoneType"),
+    "biases of a LoRA": (lambda _, lora: training.with_expert_bias(lora), "must be a Llama4, but"),
+    "no biases": (lambda m, _: training.get_expert_bias(None), "must be a Llama4, but is a NoneT"),
     "name for rules": (lambda m, _: shard(m, jax.make_mesh((1,), ("x",)), "x"), "or a dict, such"),
 }
 
@@ -204,6 +224,12 @@ def test_a_steps_state_and_loss(model):
 TABLE = np.zeros((2, 256), np.int32)
 VALUES = {
     "top_k": (lambda: Sample(top_k=1.5), "top_k must be a whole number from 1, not 1.5"),
+    "word for a temperature": (
+        lambda: Sample(temperature="hot"),
+        "temperature must be a number, not 'hot'",
+    ),
+    "several temperatures": (lambda: Sample(temperature=[1, 2]), "temperature must be a number, n"),
+    "word for top_p": (lambda: Sample(top_p="most"), "top_p must be a number, not 'most'"),
     "no temperature": (lambda: Sample(temperature=0), "use Greedy"),
     "repetition penalty": (lambda: generation.RepetitionPenalty(0.0), "be a positive number, not"),
     "penalty": (lambda: generation.PresencePenalty(np.nan), "must be a number, not nan"),

@@ -113,7 +113,7 @@ def _gpus(topology: str) -> list[Any]:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size)
     if not found:
         raise ValueError(f'GPUs are written as "{kind}:8" or "{kind}:4x8", not as "{topology}".')
-    if find_spec("jax_cuda12_plugin") is None:
+    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ImportError(
             "Compiling for GPUs needs JAX's plugin for CUDA: pip install 'llama4_eqx[gpu-plan]'."
         )

@@ -1,6 +1,7 @@
 """Samplers: small modules that turn logits into token ids."""
 
 from abc import abstractmethod
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from llama4_eqx.argument_checks import whole_number
+from llama4_eqx.argument_checks import real_number, whole_number
 
 
 class Sampler(eqx.Module):
@@ -31,12 +32,14 @@ class Greedy(Sampler):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def _as_number(number: ArrayLike) -> Float[Array, ""]:
+def _as_number(name: str, number: ArrayLike) -> Float[Array, ""]:
+    if not isinstance(number, Array):
+        number = real_number(name, number)
     return jnp.asarray(number, jnp.float32)
 
 
-def _as_probability(number: ArrayLike | None) -> Float[Array, ""] | None:
-    return None if number is None else _as_number(number)
+def _as_probability(name: str, number: ArrayLike | None) -> Float[Array, ""] | None:
+    return None if number is None else _as_number(name, number)
 
 
 def _as_count(number: int | None) -> int | None:
@@ -55,10 +58,16 @@ class Sample(Sampler):
     anew.
     """
 
-    temperature: Float[Array, ""] = eqx.field(default=1.0, converter=_as_number)
+    temperature: Float[Array, ""] = eqx.field(
+        default=1.0, converter=partial(_as_number, "temperature")
+    )
     top_k: int | None = eqx.field(static=True, default=None, converter=_as_count)
-    top_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
-    min_p: Float[Array, ""] | None = eqx.field(default=None, converter=_as_probability)
+    top_p: Float[Array, ""] | None = eqx.field(
+        default=None, converter=partial(_as_probability, "top_p")
+    )
+    min_p: Float[Array, ""] | None = eqx.field(
+        default=None, converter=partial(_as_probability, "min_p")
+    )
 
     def __check_init__(self) -> None:
         # Beyond these temperatures float32 logits over- or underflow.

@@ -88,6 +88,10 @@ def replaced(
     `load_checkpoint(folder, make=lambda model: replaced(model, …))` reads them.
     """
     check_type("model", model, Llama4)
+    if not callable(make):
+        raise TypeError(f"make must be a function of the old part, but is a {type(make).__name__}.")
+    if part is not None:
+        check_type("part", part, str, "None stands for the whole layer")
     every = model.decoder.layers()
     numbers = range(len(every)) if layers is None else _as_numbers(layers, model)
     for number in numbers:

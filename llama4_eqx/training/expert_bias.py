@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llama4_eqx.argument_checks import check_type
 from llama4_eqx.decoder import DecoderBlock
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.model import Llama4
@@ -28,6 +29,7 @@ from llama4_eqx.model import Llama4
 
 def with_expert_bias(model: Llama4) -> Llama4:
     """The model with a zero bias for each expert."""
+    check_type("model", model, Llama4)
 
     def zeros(moe: MoE) -> Array:
         return jnp.zeros(moe.router.shape[:-1], jnp.float32)
@@ -37,11 +39,13 @@ def with_expert_bias(model: Llama4) -> Llama4:
 
 def without_expert_bias(model: Llama4) -> Llama4:
     """The model without biases, as Llama 4 is released."""
+    check_type("model", model, Llama4)
     return _with_biases(model, [None for _ in _moes(model)])
 
 
 def get_expert_bias(model: Llama4) -> Float[Array, "layers experts"] | None:
     """The biases in the order of `Output.router_logits`; None for a model without them."""
+    check_type("model", model, Llama4)
     parts = []
     for block in model.decoder.blocks:
         biases = [moe.expert_bias for moe in _moes(block) if moe.expert_bias is not None]
@@ -62,6 +66,10 @@ def update_expert_bias(
     biases = get_expert_bias(model)
     if biases is None:
         raise ValueError("The model has no expert bias: make one with with_expert_bias.")
+    if load.shape != biases.shape:
+        raise ValueError(
+            f"load must have the shape {biases.shape}, layers and experts, but has {load.shape}."
+        )
     moved = biases + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
     new = []
     for block in model.decoder.blocks:

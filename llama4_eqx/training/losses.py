@@ -214,6 +214,11 @@ def router_report(
 ) -> RouterReport:
     """Statistics of `Output.router_logits`; padding, where `mask` is False, isn't counted.
     `expert_bias` is that of a model that has one; see `llama4_eqx.training.expert_bias`."""
+    if not isinstance(router_logits, jax.Array) or router_logits.ndim < 2:
+        raise TypeError(
+            "router_logits must be those of an Output, with axes of layers, tokens and experts, "
+            f"but is a {type(router_logits).__name__}."
+        )
     layers, *batch, experts = router_logits.shape
     if whole_number("top_k", top_k) > experts:
         raise ValueError(f"top_k is {top_k}, but there are {experts} experts.")

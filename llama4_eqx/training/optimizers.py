@@ -1,8 +1,10 @@
 """What optimisers need to know of a model's parameters, from their axis words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers
 
@@ -35,5 +37,13 @@ def muon_dimensions(parameters: PyTree) -> PyTree:
     return _map_with_names(dimensions, parameters)
 
 
-def _map_with_names(function: Any, parameters: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(lambda path, _: function(leaf_name(path)), parameters)
+def _map_with_names(function: Callable[[str], Any], parameters: PyTree) -> PyTree:
+    def of_leaf(path: KeyPath, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"parameters must be a model's arrays, as eqx.filter(model, eqx.is_array) gives "
+                f"them, but hold a {type(leaf).__name__}."
+            )
+        return function(leaf_name(path))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, parameters)

@@ -300,6 +300,8 @@ def test_expert_bias_decides_who_is_chosen_and_nothing_else(config):
     pushed = update_expert_bias(biased, load, rate=1.0)
     expected = jnp.zeros_like(zero).at[-1].set(jnp.where(jnp.arange(zero.shape[1]) == 1, 1, -1))
     np.testing.assert_array_equal(get_expert_bias(pushed), expected)
+    with pytest.raises(ValueError, match=r"load must have the shape \(\d+, \d+\), layers and exp"):
+        update_expert_bias(biased, load[:, :1])
     output, top_k = output_of(pushed, tokens), config.num_experts_per_tok
     report = router_report(output.router_logits, top_k=top_k, expert_bias=expected)
     assert relative_error(report.load[-1, 1], 1 / top_k) < TOLERANCE
