@@ -1,6 +1,7 @@
 """Programs for other platforms, lowered from a CPU, and exported ones."""
 
 import inspect
+import re
 from dataclasses import replace
 
 import equinox as eqx
@@ -223,6 +224,8 @@ def test_a_mesh_of_hopper_gpus_gets_their_kernels(monkeypatch):
     traced = jax.jit(gradients).trace(layer, jax.ShapeDtypeStruct((2, 1024, 128), jnp.bfloat16))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert by_cudnn == [(1, config.num_attention_heads, 1024, 64)]
-    # Gate and up, and two for the gradient of each product; nobody needs what the layer gives.
-    assert text.count("custom_call @mosaic_gpu") == 2 + 3 * 2
+    # Three kernels, each made once. They run for gate and up (nobody needs what the layer gives),
+    # and for the gradients of each product's rows and weights.
+    assert text.count("custom_call @mosaic_gpu") == 3
+    assert len(re.findall(r"call @_(?:grouped|outer)_product", text)) == 2 + 3 * 2
     assert "chlo.ragged_dot" not in text
