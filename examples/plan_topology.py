@@ -15,7 +15,7 @@ import llama4_eqx as l4
 from llama4_eqx.distributed import Collective, collectives
 from llama4_eqx.distributed.hlo import read_hlo
 from llama4_eqx.distributed.program_costs import ProgramCosts, program_costs
-from llama4_eqx.distributed.topologies import compile_for_topology, memory_needed
+from llama4_eqx.distributed.topologies import GPUS, compile_for_topology, memory_needed
 from llama4_eqx.layers.quantized import weight_shapes
 
 GB = 1e9
@@ -28,7 +28,6 @@ CHIPS = {
     "h100": (3350, 989),
     "h200": (4800, 989),
 }
-GPUS = ("h100", "h200")
 
 
 @dataclass(frozen=True)

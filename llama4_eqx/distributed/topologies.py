@@ -26,7 +26,7 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 # Of each GPU: its name, bytes of memory, and bytes a second.
-_GPUS = {
+GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
     "h200": ("NVIDIA H200", 150_109_880_320, 4_800_000_000_000),
 }
@@ -77,7 +77,7 @@ def topology_mesh(topology: str, axes: Mapping[str, int]) -> Mesh:
     Raises an `ImportError` without the compiler, and a `ValueError` for a topology that there
     isn't, or of another size.
     """
-    is_gpu = topology.partition(":")[0] in _GPUS
+    is_gpu = topology.partition(":")[0] in GPUS
     devices = _gpus(topology) if is_gpu else _tpus(topology)
     shape = tuple(axes.values())
     if math.prod(shape) != len(devices):
@@ -117,7 +117,7 @@ def _gpus(topology: str) -> list[Any]:
         raise ImportError(
             "Compiling for GPUs needs JAX's plugin for CUDA: pip install 'llama4_eqx[gpu-plan]'."
         )
-    name, memory, bandwidth = _GPUS[kind]
+    name, memory, bandwidth = GPUS[kind]
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
@@ -146,7 +146,7 @@ def compile_for_topology(lowered: Lowered, mesh: Mesh) -> Compiled:
             raise HbmError(f"It needs {need} of HBM a device, which has {there_is}.") from None
         raise
     kind = mesh.devices.flat[0].device_kind
-    there_is = next(memory for name, memory, _ in _GPUS.values() if name == kind)
+    there_is = next(memory for name, memory, _ in GPUS.values() if name == kind)
     *_, need = memory_needed(program)
     if need > there_is:
         raise HbmError(

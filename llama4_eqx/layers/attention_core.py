@@ -43,9 +43,9 @@ def attention(
     queries and keys are those of the same tokens.
 
     `backend` None chooses by the shapes and by the platform that the program is lowered for: dense
-    for small problems; cuDNN on GPUs, if this machine has one, for unpadded 16-bit rows without
-    dropout; splash on TPUs, if this machine or the mesh has them, for own keys without dropout;
-    else blockwise, with larger blocks on such GPUs. So does "ring", which is a way to get keys.
+    for small problems; cuDNN on GPUs, if this machine or the mesh has them, for unpadded 16-bit
+    rows without dropout; splash on TPUs, likewise, for own keys without dropout; else blockwise,
+    with larger blocks on such GPUs. So does "ring", which is a way to get keys.
     """
     check_backend(backend, get_args(AttentionBackend), "attention")
     backend = None if backend == "ring" else backend

@@ -52,7 +52,7 @@ def grouped_mlp(
     `"hopper"`, kernels for H100 and H200, for 16-bit numbers and sizes that are multiples of 128;
     or `"rows"`, one row after another. None chooses by the platform that the program is lowered
     for: blocked on CPUs; on GPUs rows for a few of them, else hopper where it fits and this machine
-    has such a GPU; megablox if this machine or the mesh has TPUs; and ragged everywhere else.
+    or the mesh has such GPUs; megablox, likewise, for TPUs; and ragged everywhere else.
 
     Quantised weights go through a loop of their own on CPUs, through a ragged product of the
     converted numbers on TPUs, through products of all experts for some rows on GPUs, and are

@@ -4,7 +4,6 @@ JAX's plugin for CUDA and NVIDIA's libraries are 5 GB, so that it isn't among wh
 `pip install -e '.[gpu-plan]'`.
 """
 
-import math
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +11,6 @@ from importlib.util import find_spec
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,25 +22,16 @@ from llama4_eqx.distributed import (
     FSDP,
     TENSOR,
     abstract_sharded,
-    batch_sharding,
 )
 from llama4_eqx.distributed.program_costs import program_costs
 from llama4_eqx.distributed.topologies import HbmError, compile_for_topology, topology_mesh
 from llama4_eqx.lowering import lower
-from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
+from tests.distributed.compiled import size, training_step
 
 SCOUT = replace(l4.Llama4Config.scout().text_config, num_hidden_layers=4)
 compiles = pytest.mark.skipif(
     find_spec("jax_cuda12_plugin") is None, reason="the compiler for GPUs isn't installed"
 )
-
-
-def size(tree) -> int:
-    """Bytes of the tree on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 @compiles
@@ -73,28 +62,15 @@ def test_decoding_reads_each_weight_and_cache_once(quantization):
 def test_training_runs_the_kernels_of_hopper():
     """Its temporaries are the gradients, the head's logits, and little else: no scores of all pairs
     of tokens, and no product of all rows with all experts."""
-    mesh, rules = topology_mesh("h100:8", {"fsdp": 2, "expert": 4}), FSDP | EXPERT_ALL_TO_ALL
-    config = l4.Llama4Config(replace(SCOUT, num_hidden_layers=1, no_rope_layers=None))
-    optimizer, block = optax.sgd(1e-3), 1024
-
-    def loss_function(model, tokens, key):
-        loss = next_token_loss(model, tokens, remat="full", token_block=block, key=key).token
-        return loss.total, loss.num_tokens, None
-
-    def make():
-        model = l4.Llama4(config, key=jax.random.key(0))
-        return init_train_state(model, optimizer, key=jax.random.key(1))
-
-    state = abstract_sharded(make, mesh, rules)
-    tokens = jax.ShapeDtypeStruct((8, 8192), jnp.int32, sharding=batch_sharding(mesh, rules))
-    step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
-    program = compile_for_topology(step.lower(state, tokens), mesh)
+    mesh = topology_mesh("h100:8", {"fsdp": 2, "expert": 4})
+    config = replace(SCOUT, num_hidden_layers=1, no_rope_layers=None)
+    program, model = training_step(config, mesh, FSDP | EXPERT_ALL_TO_ALL, 8, 8192)
     text = program.as_text()
     for kernel in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "mosaic_gpu"):
         assert f'custom_call_target="{kernel}' in text
-    vocab, hidden = SCOUT.vocab_size, SCOUT.hidden_size
+    vocab, hidden, block = SCOUT.vocab_size, SCOUT.hidden_size, 1024
     head = (4 + 2) * vocab * hidden + (4 + 4 + 2) * block * vocab  # its gradient and weights too
-    gradients = size(state.model)
+    gradients = size(model)
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * (gradients + head)
 
 

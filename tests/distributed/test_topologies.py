@@ -14,7 +14,6 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,13 +26,12 @@ from llama4_eqx.distributed import (
     SEQUENCE,
     TENSOR,
     abstract_sharded,
-    batch_sharding,
     collectives,
 )
 from llama4_eqx.distributed.program_costs import program_costs
 from llama4_eqx.distributed.topologies import HbmError, compile_for_topology, topology_mesh
 from llama4_eqx.lowering import lower
-from llama4_eqx.training import init_train_state, make_train_step, next_token_loss
+from tests.distributed.compiled import size, training_step
 
 pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("libtpu")]
@@ -51,15 +49,6 @@ SMALL = replace(
     vocab_size=2048,
     attention_chunk_size=1024,
 )
-
-
-def size(tree) -> int:
-    """Bytes of the tree on one device."""
-    return sum(
-        jnp.dtype(leaf.dtype).itemsize * int(jnp.prod(jnp.array(shape)))
-        for leaf in jax.tree.leaves(tree)
-        if (shape := leaf.sharding.shard_shape(leaf.shape))
-    )
 
 
 # Of int8 1.14: the compiler prefetches values into VMEM, and writes them back as a whole. Of int4
@@ -94,30 +83,12 @@ def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, li
     assert program.memory_analysis().temp_size_in_bytes < max(0.1, (limit - 1) / 5) * read_once
 
 
-def training_step(mesh, rules, rows, seq):
-    """The compiled step of the small model."""
-    optimizer = optax.sgd(1e-3)
-
-    def loss_function(model, tokens, key):
-        loss = next_token_loss(model, tokens, remat="full", key=key).token
-        return loss.total, loss.num_tokens, None
-
-    def make():
-        model = l4.Llama4(l4.Llama4Config(SMALL), key=jax.random.key(0))
-        return init_train_state(model, optimizer, key=jax.random.key(1))
-
-    state = abstract_sharded(make, mesh, rules)
-    step = make_train_step(optimizer, loss_function, compute_dtype=jnp.bfloat16)
-    tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32, sharding=batch_sharding(mesh, rules))
-    return compile_for_topology(step.lower(state, tokens), mesh)
-
-
 def test_a_training_step_computes_what_the_model_does():
     """No expert's weight gradient is made from all tokens, attention is splash attention, and what
     uneven routing may need costs nothing where it doesn't."""
     rows, seq = 4, 2048
     mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
-    program = training_step(mesh, FSDP | EXPERT_ALL_TO_ALL, rows, seq)
+    program, _ = training_step(SMALL, mesh, FSDP | EXPERT_ALL_TO_ALL, rows, seq)
     of_token = 20 * 128 * 1024 + 3 * 1024 * 2048 + 16 * 1024  # attention, shared expert, router
     # A round has room for half as many tokens again; attention kernels don't say what they compute.
     # Of a single layer, the compiler keeps what a scan would have recomputed.
@@ -131,7 +102,7 @@ def test_a_training_step_computes_what_the_model_does():
 def test_rows_between_layers_are_scattered():
     """With sequence parallelism nothing of the tokens' features is all-reduced."""
     mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "tensor": 2})
-    program = training_step(mesh, FSDP | TENSOR | SEQUENCE, 4, 2048)
+    program, _ = training_step(SMALL, mesh, FSDP | TENSOR | SEQUENCE, 4, 2048)
     kinds = [
         one.kind
         for one in collectives(program, mesh)
