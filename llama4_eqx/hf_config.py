@@ -188,7 +188,8 @@ def _check_family(
     for name in _QUANTIZED:
         if raw.get(name) is not None:
             settings = raw[name] if isinstance(raw[name], Mapping) else {}
-            method = shown(settings.get("quant_method", "an unnamed method"))
+            method = settings.get("quant_method")
+            method = "an unnamed method" if method is None else shown(method)
             raise ValueError(
                 f"The checkpoint is quantised with {method} ({name} in {where}), which isn't "
                 f"supported: use the bf16 release, or one of {' or '.join(_READABLE)}."

@@ -338,6 +338,8 @@ def test_a_name_on_the_hub_is_not_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="fetch it: hf download meta-llama/Scout"):
         l4.load_checkpoint("meta-llama/Scout")
+    with pytest.raises(FileNotFoundError, match=r"There is no folder ~/scout\. .*expanduser"):
+        l4.load_checkpoint("~/scout")
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*runs/model\.$"):
         l4.load_checkpoint(tmp_path / "runs/model")
 

@@ -19,10 +19,14 @@ def require_checkpoint(folder: Path) -> None:
             raise FileNotFoundError(
                 f"{folder} is a link to {os.readlink(folder)}, which is missing."
             )
-        name = str(folder)
-        may_be_on_the_hub = len(folder.parts) == 2 and not folder.is_absolute()
-        fetch = f" If that is its name on Hugging Face, fetch it: hf download {name} --local-dir …"
-        raise FileNotFoundError(f"There is no folder {name}.{fetch if may_be_on_the_hub else ''}")
+        name, mend = str(folder), ""
+        if name.startswith("~"):
+            mend = " ~ isn't your home here: write Path(…).expanduser()."
+        elif len(folder.parts) == 2 and not folder.is_absolute():
+            mend = (
+                f" If that is its name on Hugging Face, fetch it: hf download {name} --local-dir …"
+            )
+        raise FileNotFoundError(f"There is no folder {name}.{mend}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is {_file_kind(folder)}: give the folder of a checkpoint.")
     names = sorted(os.listdir(folder))

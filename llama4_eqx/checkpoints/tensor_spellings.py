@@ -1,8 +1,9 @@
 """Finding the tensors of `tensor_names.py` in files that spell them differently.
 
 Read are: names with another prefix (a text-only model saved out of a multimodal one, or the other
-way round), experts saved as one `Linear` each (`experts.3.gate_proj.weight`), tables that old
-versions of `transformers` stored and that are computed here, and quantised weights.
+way round), or with what torch's wrappers for training put into them (`module.`, `_orig_mod.`),
+experts saved as one `Linear` each (`experts.3.gate_proj.weight`), tables that old versions of
+`transformers` stored and that are computed here, and quantised weights.
 """
 
 import re
@@ -23,6 +24,9 @@ _THEIR_PREFIXES = ("", TEXT_PREFIX, "model.", "model.language_model.")
 _OUR_PREFIXES = ("", TEXT_PREFIX, "model.", "language_model.model.")
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.(original_)?inv_freq|freqs_ci)$")
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(gate|up|down)_proj\.weight")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 _VISION = re.compile(r"(model\.)?(vision_model|multi_modal_projector)\.")
 
 
@@ -90,7 +94,7 @@ def view(stored: Stored, get_slice: Callable[[Single], Any]) -> Any:
 
 def is_vision(name: str) -> bool:
     """Whether a tensor belongs to the vision encoder or the projector."""
-    return _VISION.match(name) is not None
+    return _VISION.match(_unwrapped(name)) is not None
 
 
 def find_tensors(
@@ -105,14 +109,15 @@ def find_tensors(
     experts: dict[str, dict[tuple[str, int], Single]] = defaultdict(dict)
     problems = []
     for name, header in headers.items():
-        match = _EXPERT.fullmatch(name)
+        bare = _unwrapped(name)
+        match = _EXPERT.fullmatch(bare)
         if match is not None:
             fused = "down_proj" if match[3] == "down" else "gate_up_proj"
             whole = known_name(match[1] + fused, known)
             if whole is not None:
                 experts[whole][match[3], int(match[2])] = header
                 continue
-        whole = known_name(name, known)
+        whole = known_name(bare, known)
         if whole is None:
             if not _COMPUTED.search(name):
                 problems.append(f"{name} is surplus: the config has no place for it")
@@ -131,6 +136,10 @@ def find_tensors(
             parts = tuple(tuple(matrices[kind, n] for n in numbers) for kind in kinds)
             found[whole] = UnfusedExperts(parts)
     return found, problems
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPERS.sub("", name)
 
 
 def known_name(name: str, known: Mapping[str, Any]) -> str | None:

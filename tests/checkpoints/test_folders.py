@@ -239,6 +239,30 @@ def test_prefixes(config, rename, models, tmp_path):
     assert same(l4.load_checkpoint(folder), models[1][config])
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [
+        with_prefix("module."),
+        with_prefix("_orig_mod."),
+        lambda tensors: {
+            re.sub(
+                r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
+            ): t
+            for name, t in tensors.items()
+        },
+    ],
+    ids=["data-parallel", "compiled", "fsdp"],
+)
+@pytest.mark.parametrize("config", ["text", "pictures"])
+def test_names_of_wrapped_modules(config, rename, models, tmp_path):
+    """As torch's wrappers for training leave them in a state_dict."""
+    folder = copy(models, config, tmp_path / "x", rename)
+    assert same(l4.load_checkpoint(folder), models[1][config])
+    if config == "pictures":
+        part = l4.load_checkpoint(folder, part="vision")
+        assert same(part.vision_model, models[1][config].vision_model)
+
+
 def test_one_tensor_under_two_names(text):
     folder, _ = text
     tensors = load_file(folder / SINGLE)
