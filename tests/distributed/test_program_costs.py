@@ -11,7 +11,6 @@ from llama4_eqx.distributed.program_costs import ProgramCosts, program_costs
 from llama4_eqx.distributed.topologies import compile_for_topology, topology_mesh
 
 pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
-pytestmark = pytest.mark.xdist_group("libtpu")
 M, K, N = 4096, 2048, 8192
 
 

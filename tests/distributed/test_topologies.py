@@ -34,7 +34,7 @@ from llama4_eqx.lowering import lower
 from tests.distributed.compiled import size, training_step
 
 pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("libtpu")]
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCOUT = l4.Llama4Config.scout().text_config

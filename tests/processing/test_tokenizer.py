@@ -217,9 +217,14 @@ def converted(released, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def converted_pair(converted, released):
+    return load_tokenizer(converted), released
+
+
 @pytest.mark.parametrize("text", TEXTS)
-def test_converted_encodes_as_before(converted, released, text):
-    ours = load_tokenizer(converted)
+def test_converted_encodes_as_before(converted_pair, text):
+    ours, released = converted_pair
     assert (ours.vocab_size, ours.stop_ids) == (released.vocab_size, released.stop_ids)
     for special in (False, True):
         assert ours.encode(text, special=special) == released.encode(text, special=special)
@@ -232,11 +237,6 @@ def test_converted_merges_in_the_same_order(converted_pair, parts):
     ours, released = converted_pair
     text = "".join(part if isinstance(part, str) else released.decode(part) for part in parts)
     assert ours.encode(text) == released.encode(text)
-
-
-@pytest.fixture(scope="session")
-def converted_pair(converted, released):
-    return load_tokenizer(converted), released
 
 
 def test_transformers_opens_what_was_converted(converted, released):

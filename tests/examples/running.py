@@ -1,0 +1,44 @@
+"""Running the example scripts as a user runs them, the long ones for a few steps only."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.append(str(EXAMPLES))  # the examples import each other
+
+# For what runs long, so that optimised code pays for being made.
+OPTIMISED = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def run(script: str, *arguments: str, cwd: Path | None = None, env: dict | None = None) -> str:
+    return python(str(EXAMPLES / script), *arguments, cwd=cwd, env=env)
+
+
+def run_shortly(name: str, settings: str, steps: int, cwd: Path, env: dict | None = None) -> str:
+    """The example's `main` for a few steps, its module's constants set before."""
+    return python("-c", shortened(name, settings, steps), cwd=cwd, env=env)
+
+
+def shortened(name: str, settings: str, steps: int) -> str:
+    return (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"import {name} as example\n{settings}\nexample.main(steps={steps})"
+    )
+
+
+def python(*arguments: str, cwd: Path | None, env: dict | None = None) -> str:
+    command = [sys.executable, "-W", "error", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run_by_two(script: str, cwd: Path) -> subprocess.CompletedProcess:
+    """As two processes of four devices each."""
+    cwd.mkdir(exist_ok=True)
+    (cwd / "script.py").write_text(script)
+    launch = [str(EXAMPLES / "launch.py"), "--processes", "2", "--devices", "4", "script.py"]
+    command = [sys.executable, *launch]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
