@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 from llama4_eqx.argument_checks import dtype_name
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, match_vma
 from llama4_eqx.layers.mask import TokenPositions
+from llama4_eqx.layers.platforms import by_platform
 from llama4_eqx.layers.quantized import LARGEST
 from llama4_eqx.run_time_checks import refuse_if
 
@@ -123,16 +124,12 @@ class LayerCache(eqx.Module):
         stored = (new.tokens.segments >= 0) & (positions >= new_end[..., None] - total)
         slot = positions % total - first_slot
         slot = jnp.where(stored & (slot >= 0), slot, self.slots)  # past the end: dropped
-
-        def put(ring, slot, new):
-            return ring.at[:, slot].set(new, mode="drop")
-
-        for _ in slot.shape[:-1]:
-            put = jax.vmap(put)
         stored = LayerCache(new.k, new.v)
         if self.k_scale is not None:
             stored = stored.quantized(self.k.dtype)
-        return jax.tree.map(lambda ring, new: put(ring, slot, new), self, stored)
+        if slot.shape[-1] > 1:
+            return _put(self, slot, stored)
+        return by_platform(self, slot, stored, cpu=_put_one_in_place, default=_put)
 
     def read(
         self, start: Int[Array, "*batch"], end: Int[Array, "*batch"], axis_names: AxisNames = ()
@@ -153,6 +150,34 @@ class LayerCache(eqx.Module):
     def _first_slot(self, axis_names: AxisNames) -> Int[Array, ""]:
         first = lax.axis_index(axis_names) * self.slots if axis_names else 0
         return jnp.asarray(first, jnp.int32)
+
+
+def _put(rings: LayerCache, slot: Int[Array, "*batch seq"], new: LayerCache) -> LayerCache:
+    """The rings with new keys and values in these slots; those past the end are dropped."""
+
+    def put(ring: Array, slot: Array, new: Array) -> Array:
+        return ring.at[:, slot].set(new, mode="drop")
+
+    for _ in slot.shape[:-1]:
+        put = jax.vmap(put)
+    return jax.tree.map(lambda ring, new: put(ring, slot, new), rings, new)
+
+
+def _put_one_in_place(
+    rings: LayerCache, slot: Int[Array, "*batch 1"], new: LayerCache
+) -> LayerCache:
+    """`_put` of one token, and of a second one that is dropped.
+
+    XLA's CPU compiler takes a single write for a slice, computes it anew wherever the ring is read
+    or returned, and copies the ring for each. Two writes it makes in place.
+    """
+    past_the_end = jnp.full_like(slot, rings.slots)
+    axis = slot.ndim  # that of tokens, after the heads
+    return _put(
+        rings,
+        jnp.concatenate([slot, past_the_end], axis=-1),
+        jax.tree.map(lambda x: jnp.concatenate([x, x], axis=axis), new),
+    )
 
 
 def _rounded(

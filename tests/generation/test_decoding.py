@@ -1,5 +1,7 @@
 """Generation and samplers, against `transformers`' logits processors and plain loops."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import torch
 import transformers
 
 import llama4_eqx as l4
+from llama4_eqx.generation import decode_step
 from tests.test_invariants import random_model
 from tests.toys import SCOUT, random_tokens
 
@@ -37,6 +40,19 @@ def test_ragged_greedy_batch_equals_each_row_alone(model):
     new = l4.generate(model, tokens, mask=mask, max_new_tokens=25)
     for row, prompt in zip(new, prompts, strict=True):
         np.testing.assert_array_equal(row, by_whole_forward_calls(model, prompt, 25))
+
+
+@pytest.mark.parametrize("batch_shape", [(), (1,), (3,)])
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_a_step_copies_no_ring(model, batch_shape, unstacked):
+    """Of a cache that is donated; found with one row, each of whose rings was copied four times."""
+    model = model.unstacked(experts=True) if unstacked else model
+    cache, tokens = model.empty_cache(batch_shape, 96), jnp.zeros(batch_shape, jnp.int32)
+    step = eqx.filter_jit(lambda kept, cache: decode_step(*kept, cache), donate="all-except-first")
+    compiled = step.lower((model, tokens), cache).compile().compiled
+    rings = {layer.k.shape[-2:] for block in cache.blocks for layer in block}
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert not {tuple(map(int, shape.split(",")[-2:])) for shape in copied} & rings
 
 
 def test_stopped_rows_stay_stopped(model):
