@@ -164,7 +164,7 @@ def _put(rings: LayerCache, slot: Int[Array, "*batch seq"], new: LayerCache) -> 
 
 
 def _put_one_in_place(
-    rings: LayerCache, slot: Int[Array, "*batch 1"], new: LayerCache
+    rings: LayerCache, slot: Int[Array, "*batch seq"], new: LayerCache
 ) -> LayerCache:
     """`_put` of one token, and of a second one that is dropped.
 
