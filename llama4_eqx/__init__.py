@@ -19,9 +19,9 @@ from llama4_eqx.generation import decode_step as decode_step
 from llama4_eqx.generation import generate as generate
 from llama4_eqx.generation import prefill as prefill
 from llama4_eqx.generation import stream as stream
+from llama4_eqx.kv_cache import KVCache as KVCache
 from llama4_eqx.layers import MLP as MLP
 from llama4_eqx.layers import Attention as Attention
-from llama4_eqx.layers import KVCache as KVCache
 from llama4_eqx.layers import MoE as MoE
 from llama4_eqx.layers import RMSNorm as RMSNorm
 from llama4_eqx.layers import VisionAttention as VisionAttention

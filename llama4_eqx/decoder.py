@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from llama4_eqx.decoder_layer import DecoderLayer
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.collectives import MeshAxes
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.lowrank import merged

@@ -24,8 +24,8 @@ from llama4_eqx.input_checks import (
     pixels_of,
     token_ids,
 )
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.backends import BY_PLATFORM, Backends
-from llama4_eqx.layers.cache import CacheSpan, KVCache
 from llama4_eqx.layers.context import Context, Execution
 from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.mask import TokenPositions, token_positions
@@ -35,7 +35,6 @@ from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.parallel import Parallel, SingleDevice
 from llama4_eqx.projector import MultiModalProjector
-from llama4_eqx.run_time_checks import refuse_if
 from llama4_eqx.summary import model_repr
 from llama4_eqx.vision import VisionModel
 
@@ -151,8 +150,12 @@ class Llama4(eqx.Module):
                     "to begin at a later position."
                 )
             check_type("cache", cache, KVCache, "make one with model.empty_cache")
-            self._check_cache(cache)
-            placed, span, cache = _continue(cache, tokens.shape, mask)
+            cache.check_fits(
+                eqx.filter_eval_shape(
+                    self.empty_cache, cache.length.shape, cache.capacity, dtype=cache.dtype
+                )
+            )
+            placed, span, cache = cache.extended(tokens.shape, mask)
         available = self.sites(images=pixel_values is not None)
         check_type("backends", backends, Backends)
         if probe is not None:
@@ -228,19 +231,6 @@ class Llama4(eqx.Module):
             return empty()
         return jax.jit(lambda: empty().quantized(dtype))()  # the wide one is never made
 
-    def _check_cache(self, cache: KVCache) -> None:
-        fitting = eqx.filter_eval_shape(
-            self.empty_cache, cache.length.shape, cache.capacity, dtype=cache.dtype
-        )
-        if jax.tree.structure(fitting) != jax.tree.structure(cache) or any(
-            a.shape != b.shape
-            for a, b in zip(jax.tree.leaves(fitting), jax.tree.leaves(cache), strict=True)
-        ):
-            raise ValueError(
-                "The cache was made for another model: use this model's empty_cache (that of its "
-                "unstacked() form differs, too)."
-            )
-
     def __repr__(self) -> str:
         return model_repr(self)
 
@@ -284,24 +274,3 @@ def _place_images(
     if len(features) == 0:
         return embedded + 0 * order[..., None].astype(embedded.dtype)
     return jnp.where(is_image[..., None], features[order], embedded)
-
-
-def _continue(
-    cache: KVCache, shape: tuple[int, ...], mask: Bool[Array, "*batch seq"] | None
-) -> tuple[TokenPositions, CacheSpan, KVCache]:
-    """The positions of tokens that continue a cache, and the cache with their number added."""
-    if cache.length.shape != shape[:-1]:
-        raise ValueError(
-            f"The cache was made for the batch shape {cache.length.shape}, but the tokens have "
-            f"{shape[:-1]}."
-        )
-    old_end = cache.start + cache.length
-    placed = token_positions(shape, mask=mask, start=old_end)
-    length = cache.length + jnp.sum(placed.segments >= 0, axis=-1, dtype=jnp.int32)
-    length += refuse_if(
-        jnp.any(length > cache.capacity),
-        f"The cache holds {cache.capacity} tokens of a row, and a row would need more: make it "
-        "larger with model.empty_cache(batch_shape, capacity).",
-    )
-    span = CacheSpan(cache.start, old_end, cache.start + length, cache.capacity)
-    return placed, span, eqx.tree_at(lambda c: c.length, cache, length)

@@ -10,7 +10,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from llama4_eqx.decoder import Decoder
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear

@@ -28,7 +28,7 @@ FLOORS = (
     ("config_checks", "hf_config", "input_checks", "layers", "linen", "shape_checks", "summary"),
     ("text_config", "vision_config"),
     ("config",),
-    ("decoder_layer",),
+    ("decoder_layer", "kv_cache"),
     ("decoder", "projector"),
     ("vision",),
     ("parallel",),

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.decoder import Decoder
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes
 
 

@@ -33,7 +33,7 @@ from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.decoder import Decoder
 from llama4_eqx.distributed.cache_sharding import cache_specs, common_slots
 from llama4_eqx.distributed.rules import Rules
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames, MeshAxes, psum_over, pvary
 from llama4_eqx.layers.context import Context
 from llama4_eqx.layers.linear import linear

@@ -20,7 +20,7 @@ from llama4_eqx.generation.failures import (
 )
 from llama4_eqx.generation.request import Request
 from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.model import Llama4
 
 # Below every score but finite, so that differences and quotients are numbers.

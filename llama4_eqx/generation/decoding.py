@@ -19,7 +19,7 @@ from llama4_eqx.generation.failures import (
 )
 from llama4_eqx.generation.request import Request, with_request
 from llama4_eqx.input_checks import TokenIds, mask_of, token_ids
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.sites import Readings
 from llama4_eqx.model import Llama4, Output

@@ -16,7 +16,7 @@ from llama4_eqx.argument_checks import check_type, whole_number
 from llama4_eqx.generation.processors import LogitsProcessor
 from llama4_eqx.generation.sampling import Greedy, Sampler
 from llama4_eqx.input_checks import PAD_ROWS, Mask, Pixels, SupportsArray, TokenIds, as_array
-from llama4_eqx.layers.cache import KVCache
+from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.probe import Probe
 from llama4_eqx.model import Llama4
 

@@ -4,7 +4,6 @@ from llama4_eqx.layers.attention import Attention as Attention
 from llama4_eqx.layers.attention import TemperatureTuning as TemperatureTuning
 from llama4_eqx.layers.backends import Backends as Backends
 from llama4_eqx.layers.cache import CacheSpan as CacheSpan
-from llama4_eqx.layers.cache import KVCache as KVCache
 from llama4_eqx.layers.cache import LayerCache as LayerCache
 from llama4_eqx.layers.context import Context as Context
 from llama4_eqx.layers.context import Execution as Execution

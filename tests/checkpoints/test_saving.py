@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pretrain_text
 import pytest
+import train_digits
 import transformers
 
 import llama4_eqx as l4
@@ -388,11 +389,8 @@ def test_what_is_in_the_way_is_told_before_a_run(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "old", "runs"]
 
 
-def test_examples_ask_before_they_train(tmp_path, monkeypatch):
-    examples = Path(__file__).parents[2] / "examples"
-    monkeypatch.syspath_prepend(str(examples))
+@pytest.mark.parametrize("example", [train_digits, pretrain_text])
+def test_examples_ask_before_they_train(example, tmp_path):
     (tmp_path / "file").write_text("")
-    for name in ("train_digits", "pretrain_text"):
-        example = runpy.run_path(str(examples / f"{name}.py"))
-        with pytest.raises(OSError, match="Choose another folder"):
-            example["main"](folder=tmp_path / "file")
+    with pytest.raises(OSError, match="Choose another folder"):
+        example.main(folder=tmp_path / "file")

@@ -5,11 +5,8 @@ They say what the compiler makes of the model, which no other test sees.
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -32,11 +29,11 @@ from llama4_eqx.distributed.program_costs import program_costs
 from llama4_eqx.distributed.topologies import HbmError, compile_for_topology, topology_mesh
 from llama4_eqx.lowering import lower
 from tests.distributed.compiled import size, training_step
+from tests.examples.running import python, refusal
 
 pytest.importorskip("libtpu", reason="libtpu is made for Linux on x86 alone")
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SCOUT = l4.Llama4Config.scout().text_config
 SMALL = replace(
     SCOUT,
@@ -160,20 +157,16 @@ def test_a_slice_that_there_is_not(topology, sentence):
 def test_the_example(tmp_path):
     """It says what a device holds, reads and sends; and a slice's size if the mesh has another."""
     code = (
-        f"import json, sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport plan\n"
+        "import json, sys, plan\n"
         "p = plan.main(sys.argv[1:])\n"
         "print(json.dumps([p.costs.hbm_bytes / p.ideal_bytes, p.peak]))"
     )
-    command = [sys.executable, "-W", "error", "-c", code, "scout", "serve", "--seq", "1024"]
-    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
-    result = run([*command, "--topology", "v6e:4x4", "--mesh", "tensor=8 expert=2"])
-    assert result.returncode == 0, result.stderr
-    *said, told = result.stdout.splitlines()
+    serve = ["scout", "serve", "--seq", "1024", "--mesh", "tensor=8 expert=2", "--topology"]
+    *said, told = python("-c", code, *serve, "v6e:4x4", cwd=tmp_path).splitlines()
     ratio, peak = json.loads(told)
     assert 0.9 < ratio < 1.1
     assert 14.8e9 < peak < 16e9
     assert any("all-reduce" in line and "along tensor" in line for line in said)
-    result = run([*command, "--topology", "v6e:8x8", "--mesh", "tensor=8 expert=2"])
-    assert result.returncode == 1
-    assert "v6e:8x8 has 64 devices" in result.stderr
-    assert "Traceback" not in result.stderr
+    refused = refusal("plan.py", *serve, "v6e:8x8", cwd=tmp_path)
+    assert "v6e:8x8 has 64 devices" in refused
+    assert "Traceback" not in refused

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))  # the examples import each other
 
 # For what runs long, so that optimised code pays for being made.
 OPTIMISED = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -22,17 +21,21 @@ def run_shortly(name: str, settings: str, steps: int, cwd: Path, env: dict | Non
 
 
 def shortened(name: str, settings: str, steps: int) -> str:
-    return (
-        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        f"import {name} as example\n{settings}\nexample.main(steps={steps})"
-    )
+    return f"import {name} as example\n{settings}\nexample.main(steps={steps})"
 
 
 def python(*arguments: str, cwd: Path | None, env: dict | None = None) -> str:
-    command = [sys.executable, "-W", "error", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    """What a process says, which can import the examples."""
+    result = _finished("-W", "error", *arguments, cwd=cwd, env=env)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def refusal(script: str, *arguments: str, cwd: Path) -> str:
+    """What an example says of arguments that it refuses."""
+    result = _finished("-W", "error", str(EXAMPLES / script), *arguments, cwd=cwd)
+    assert result.returncode == 1, result.stdout
+    return result.stderr
 
 
 def run_by_two(script: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -40,5 +43,12 @@ def run_by_two(script: str, cwd: Path) -> subprocess.CompletedProcess:
     cwd.mkdir(exist_ok=True)
     (cwd / "script.py").write_text(script)
     launch = [str(EXAMPLES / "launch.py"), "--processes", "2", "--devices", "4", "script.py"]
-    command = [sys.executable, *launch]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return _finished(*launch, cwd=cwd)
+
+
+def _finished(
+    *arguments: str, cwd: Path | None, env: dict | None = None
+) -> subprocess.CompletedProcess:
+    env = {**(os.environ if env is None else env), "PYTHONPATH": str(EXAMPLES)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)

@@ -1,7 +1,6 @@
 """`train_digits.py`, and the examples that use what it leaves."""
 
 import re
-import runpy
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,11 +8,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import sklearn.datasets
+import train_digits
 import transformers
 
 import llama4_eqx as l4
 from llama4_eqx.processing import load_tokenizer
-from tests.examples.running import EXAMPLES, python, run, run_by_two, run_shortly, shortened
+from tests.examples.running import python, run, run_by_two, run_shortly, shortened
 from tests.toys import their_embeddings
 
 pytestmark = pytest.mark.slow
@@ -48,8 +48,7 @@ def test_digits_are_split_by_their_writers(digits_folder):
     for name in ("samples.png", "loss.png", "experts.png"):
         with PIL.Image.open(folder / "runs/digits" / name) as picture:
             assert min(picture.size) > 300
-    example = runpy.run_path(str(EXAMPLES / "train_digits.py"))
-    seen, held_out = example["load_split"]()
+    seen, held_out = train_digits.load_split()
     everything = np.concatenate([seen.images, held_out.images])
     truth = np.rint(sklearn.datasets.load_digits().images * 255 / 16)
     np.testing.assert_array_equal(everything, truth)
@@ -60,11 +59,10 @@ def test_transformers_reads_digits_the_same(digits_folder):
     folder = digits_folder[0] / "runs/digits/model"
     reference = transformers.Llama4ForConditionalGeneration.from_pretrained(folder)
     reference.language_model.generation_config.eos_token_id = None  # so that all have six tokens
-    example = runpy.run_path(str(EXAMPLES / "train_digits.py"))
     random, tokenizer = np.random.default_rng(5), load_tokenizer(folder)
     model = l4.load_checkpoint(folder)
     for counts in ((4,), (2, 1)):
-        one = example["example"](tokenizer, example["load_split"]()[1], counts, random)
+        one = train_digits.example(tokenizer, train_digits.load_split()[1], counts, random)
         tokens = jnp.asarray(one.tokens[: -len(one.answer) - 1])
         pixels = jnp.asarray(one.tiles)
         embeddings = their_embeddings(reference, tokens, pixels)
@@ -95,8 +93,7 @@ def test_finetuning_the_digits_model(digits_folder, tmp_path):
 def test_quantize(digits_folder, tmp_path):
     assert run("quantize.py", cwd=tmp_path).count("yet: run examples/") == 2
     folder, _ = digits_folder
-    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport quantize\n"
-    said = python("-c", f"{code}quantize.main(batches=1)", cwd=folder).splitlines()
+    said = python("-c", "import quantize; quantize.main(batches=1)", cwd=folder).splitlines()
     told = [line for line in said if line.startswith("digits")]
     shares = [float(line.split("right, ")[1].split()[0]) for line in told[1:]]
     assert [line.split()[1] for line in told] == ["float32", "int8", "int4"]

@@ -3,20 +3,20 @@
 import contextlib
 import io
 import re
-import runpy
 import subprocess
 import sys
 import time
 
 import jax.numpy as jnp
 import numpy as np
+import pretrain_text
 import pytest
 import torch
 import transformers
 
 import llama4_eqx as l4
 from llama4_eqx.processing import load_tokenizer
-from tests.examples.running import EXAMPLES, run, run_by_two, shortened
+from tests.examples.running import run, run_by_two, shortened
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +25,8 @@ pytestmark = pytest.mark.slow
 def text_run(tmp_path_factory):
     """What `pretrain_text.py` leaves after a few steps, and what it said."""
     folder, said = tmp_path_factory.mktemp("text"), io.StringIO()
-    example = runpy.run_path(str(EXAMPLES / "pretrain_text.py"))
     with contextlib.redirect_stdout(said):
-        example["main"](steps=12, folder=folder)
+        pretrain_text.main(steps=12, folder=folder)
     return folder / "model", said.getvalue()
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +11,6 @@ import llama4_eqx as l4
 from llama4_eqx.processing import byte_tokenizer, load_chat_template, load_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from facts import WORLD, config, prompt, sentences
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # theirs, of many kinds

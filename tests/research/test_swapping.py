@@ -1,8 +1,6 @@
 """A part of some layers replaced by another: the same in every way in which a model runs."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
+from swap_attention import LinearAttention
 
 import llama4_eqx as l4
 from llama4_eqx.distributed import FSDP, TENSOR, shard
@@ -28,9 +27,6 @@ from llama4_eqx.layers.context import PLAIN
 from llama4_eqx.research import Ablate, Scale, in_layers, layer, replaced, separated
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import SCOUT, random_tokens, relative_error
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-from swap_attention import LinearAttention
 
 TOLERANCE = 1e-5
 CONFIG = replace(SCOUT, num_hidden_layers=12, no_rope_layer_interval=4)

@@ -1,29 +1,24 @@
 """The figures of `examples/plan.py` for full-size Scout, against arithmetic by hand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.examples.running import python
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.slow
 
 
 def planned(arguments: str, cwd: Path) -> tuple[dict, dict, str]:
     """What a device holds, what it sends by kind and mesh axes, and what was said."""
     code = (
-        f"import json, sys; sys.path.insert(0, {str(EXAMPLES)!r})\nimport plan\n"
+        "import json, plan\n"
         f"p = plan.main({arguments.split()!r})\n"
         "print(json.dumps([p.held, [[*vars(c).values(), c.sent] for c in p.sent]]))"
     )
-    command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    *said, told = result.stdout.splitlines()
+    *said, told = python("-c", code, cwd=cwd).splitlines()
     held, collectives = json.loads(told)
     sent = {}
     for kind, dtype, _, axes, _, times, each in collectives:
