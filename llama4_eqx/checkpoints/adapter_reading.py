@@ -26,8 +26,9 @@ from llama4_eqx.checkpoints.adapter_layout import (
     tensors_by_name,
 )
 from llama4_eqx.checkpoints.errors import CheckpointError, listed
+from llama4_eqx.checkpoints.file_kinds import damage
 from llama4_eqx.checkpoints.tensor_names import Tensor
-from llama4_eqx.checkpoints.tensor_spellings import known_name
+from llama4_eqx.checkpoints.tensor_spellings import known_name, unwrapped
 from llama4_eqx.layers.quantized import weight_shapes
 from llama4_eqx.model import Llama4
 from llama4_eqx.training.lora import LoRA, Update
@@ -132,7 +133,7 @@ def _read_weights(folder: Path) -> dict[str, dict[str, np.ndarray]]:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name.endswith(f"{INNER}.weight"):  # of an embedding, which peft adds unchanged
                     continue
-                match = _KEY.fullmatch(name.removeprefix(PREFIX))
+                match = _KEY.fullmatch(unwrapped(name).removeprefix(PREFIX))
                 if match is None:
                     raise CheckpointError(f"{path} has {name}, which isn't a factor of a LoRA.")
                 array, side = file.get_tensor(name), match["side"]
@@ -140,7 +141,7 @@ def _read_weights(folder: Path) -> dict[str, dict[str, np.ndarray]]:
                     array, side = array.T, "B" if side == "A" else "A"
                 found[match["module"]][side] = array
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): fetch it again.") from error
+        raise CheckpointError(f"{path.parent}: {damage(path, error)}.") from error
     return found
 
 

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from llama4_eqx.checkpoints.errors import CheckpointError
-from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE, is_lfs_pointer
+from llama4_eqx.checkpoints.file_kinds import file_kind, is_lfs_pointer
+from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE
 
 
 def require_checkpoint(folder: Path) -> None:
@@ -28,7 +29,7 @@ def require_checkpoint(folder: Path) -> None:
             )
         raise FileNotFoundError(f"There is no folder {name}.{mend}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is {_file_kind(folder)}: give the folder of a checkpoint.")
+        raise CheckpointError(f"{folder} is {_kind(folder)}.")
     names = sorted(os.listdir(folder))
     if "adapter_config.json" in names:
         base = _field(folder / "adapter_config.json", "base_model_name_or_path")
@@ -62,18 +63,12 @@ def _require_target(path: Path) -> None:
         raise CheckpointError(f"{path} is a folder, but must be a file: fetch it again.")
 
 
-def _file_kind(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself (`git lfs pull` fetches it)"
-    if start.startswith(b"GGUF"):
-        return "a GGUF file, which isn't supported (use the bf16 release)"
+def _kind(path: Path) -> str:
+    """What a file is that was given in place of a folder."""
     if path.name.endswith(".safetensors"):
-        return "a single safetensors file, without the config.json that says how to read it"
-    if path.name.endswith((".bin", ".pth", ".pt")):
-        return "a pickled PyTorch file, which is never loaded"
-    return "a file"
+        kind = "a single safetensors file, without the config.json that says how to read it"
+        return file_kind(path) or f"{kind}: give the folder of a checkpoint"
+    return file_kind(path) or "a file: give the folder of a checkpoint"
 
 
 def _content(names: list[str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llama4_eqx.checkpoints.errors import CheckpointError, cannot_load
+from llama4_eqx.checkpoints.file_kinds import damage, is_lfs_pointer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +28,6 @@ PART_DTYPES = {
     "F8_E4M3": jnp.float8_e4m3fn,
 }
 Index = tuple[slice, ...]
-_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,6 @@ def read_headers(folder: Path) -> dict[str, Header]:
     return found
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether Git LFS left a pointer in the file's place."""
-    with path.open("rb") as file:
-        return file.read(len(_LFS)) == _LFS
-
-
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     if not path.is_file():
@@ -141,11 +135,8 @@ def _is_inside(name: str) -> bool:
 
 def _headers(path: Path) -> list[Header] | str:
     """The tensors in a file, or what is wrong with it."""
-    name = path.name
     if not path.is_file():
-        return f"{name} is missing"
-    if is_lfs_pointer(path):
-        return f"{name} is a Git LFS pointer, not the weights: run `git lfs pull`"
+        return f"{path.name} is missing"
     try:
         with safe_open(path, framework="numpy") as source:
             views = {tensor: source.get_slice(tensor) for tensor in source.keys()}  # noqa: SIM118
@@ -154,7 +145,7 @@ def _headers(path: Path) -> list[Header] | str:
                 for tensor, view in views.items()
             ]
     except SafetensorError as error:
-        return f"{name} is truncated or damaged ({error})"
+        return damage(path, error)
 
 
 def slices(stack: ExitStack) -> Callable[[Header], Any]:

@@ -92,9 +92,14 @@ def view(stored: Stored, get_slice: Callable[[Single], Any]) -> Any:
     return _JoinedExperts(parts, stored.parts[0][0].shape[0])
 
 
+def unwrapped(name: str) -> str:
+    """The name without what torch's wrappers for training put into it."""
+    return _WRAPPERS.sub("", name)
+
+
 def is_vision(name: str) -> bool:
     """Whether a tensor belongs to the vision encoder or the projector."""
-    return _VISION.match(_unwrapped(name)) is not None
+    return _VISION.match(unwrapped(name)) is not None
 
 
 def find_tensors(
@@ -109,7 +114,7 @@ def find_tensors(
     experts: dict[str, dict[tuple[str, int], Single]] = defaultdict(dict)
     problems = []
     for name, header in headers.items():
-        bare = _unwrapped(name)
+        bare = unwrapped(name)
         match = _EXPERT.fullmatch(bare)
         if match is not None:
             fused = "down_proj" if match[3] == "down" else "gate_up_proj"
@@ -136,10 +141,6 @@ def find_tensors(
             parts = tuple(tuple(matrices[kind, n] for n in numbers) for kind in kinds)
             found[whole] = UnfusedExperts(parts)
     return found, problems
-
-
-def _unwrapped(name: str) -> str:
-    return _WRAPPERS.sub("", name)
 
 
 def known_name(name: str, known: Mapping[str, Any]) -> str | None:

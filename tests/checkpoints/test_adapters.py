@@ -180,7 +180,10 @@ def test_errors(saved, tmp_path):
         l4.load_checkpoint(folder)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights[:50])
-    with pytest.raises(l4.CheckpointError, match="is damaged"):
+    with pytest.raises(l4.CheckpointError, match="is truncated or damaged"):
+        load_adapter(model, folder)
+    (folder / "adapter_model.safetensors").write_text("<html>")
+    with pytest.raises(l4.CheckpointError, match=r"adapter_model\.safetensors is a web page"):
         load_adapter(model, folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(b"")

@@ -481,6 +481,36 @@ OTHERS = {
         r"has no config\.json: it holds mod",
     ),
     "no-weights": (files(model__safetensors=None), FileNotFoundError, "has neither model.safetens"),
+    "pointer-file": (
+        lambda f: files(model__safetensors=POINTER)(f) / SINGLE,
+        ValueError,
+        r"model\.safetensors is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    ),
+    "pickle-renamed": (
+        files(model__safetensors=pickle.dumps({})),
+        ValueError,
+        r"file model\.safetensors is a pickled PyTorch file, which is never loaded",
+    ),
+    "zip-renamed": (
+        files(model__safetensors=b"PK\3\4\0\0\x08\x08\0\0"),
+        ValueError,
+        r"file model\.safetensors is a pickled PyTorch file",
+    ),
+    "gguf-renamed": (
+        files(model__safetensors=b"GGUF\3\0\0\0"),
+        ValueError,
+        r"file model\.safetensors is a GGUF file",
+    ),
+    "web-page": (
+        files(model__safetensors="\n<!DOCTYPE html><html><head><title>Sign in</title>"),
+        ValueError,
+        r"file model\.safetensors is a web page, saved in the file's place: fetch it again",
+    ),
+    "message": (
+        files(model__safetensors="Invalid username or password."),
+        ValueError,
+        r'is a text that begins "Invalid username or password\."',
+    ),
     "empty-weights": (files(model__safetensors=""), ValueError, "is truncated or damaged|read"),
     "nothing": (lambda f: f / "nothing", FileNotFoundError, "There is no folder"),
     "metas": (
