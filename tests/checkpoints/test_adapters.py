@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import llama4_eqx as l4
 from llama4_eqx.checkpoints import load_adapter, save_adapter
@@ -146,6 +147,19 @@ def saved(tmp_path):
     lora = LoRA(model, "*.q_proj", rank=2, key=jax.random.key(1))
     save_adapter(lora, tmp_path / "adapter")
     return model, lora, tmp_path / "adapter"
+
+
+def test_names_of_a_wrapped_model(saved):
+    """Of a compiled base, and of an adapted model that is compiled as a whole."""
+    model, lora, folder = saved
+    lora = noisy(lora)
+    save_adapter(lora, folder, overwrite=True)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for old, new in (("base_model.model.", "base_model.model._orig_mod."), ("", "_orig_mod.")):
+        renamed = {name.replace(old, new, 1): value for name, value in weights.items()}
+        save_file(renamed, folder / "adapter_model.safetensors")
+        again = load_adapter(model, folder)
+        assert eqx.tree_equal(again.merged(), lora.merged())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from jax.sharding import AxisType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import llama4_eqx as l4
 from llama4_eqx.checkpoints.compressed import unpacked
@@ -227,7 +227,6 @@ def test_as_stored_is_saved_again(tmp_path):
 
 def test_a_stack_of_two_kinds_is_dequantised(tmp_path):
     """One layer's weights were left out of the quantisation; the others of its stack go along."""
-    from safetensors.torch import load_file
 
     state = write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS["fp8 channel"])
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.q_proj"
@@ -239,6 +238,20 @@ def test_a_stack_of_two_kinds_is_dequantised(tmp_path):
     attention = model.decoder.blocks[0].layers[0].self_attn
     assert not is_quantized(attention.q_proj)
     assert is_quantized(attention.k_proj)
+
+
+def test_names_of_wrapped_modules(tmp_path):
+    """Parts of one weight are found under the names that torch's wrappers leave, too."""
+    reference = reference_model(replace(SCOUT, num_hidden_layers=2))
+    write(tmp_path / "model", reference, *WEIGHTS["int4 groups"])
+    truth = l4.load_checkpoint(tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    wrapped = {
+        f"module.{name.replace('q_proj.', 'q_proj._orig_mod.')}": tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(wrapped, file)
+    assert eqx.tree_equal(l4.load_checkpoint(tmp_path / "model"), truth)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -257,7 +270,6 @@ def test_groups_in_another_order(tmp_path):
     """`weight_g_idx` (GPTQ's activation order) says which group a column belongs to."""
     reference = reference_model(replace(SCOUT, moe_layers=()))
     write(tmp_path / "model", reference, *WEIGHTS["int4 groups"])
-    from safetensors.torch import load_file
 
     file = tmp_path / "model" / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.self_attn.v_proj"
@@ -304,7 +316,6 @@ def test_other_schemes_are_named(tmp_path, change, sentence):
     ],
 )
 def test_damaged_ones_are_named(tmp_path, kind, damage, sentence):
-    from safetensors.torch import load_file
 
     write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS[kind])
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.self_attn.q_proj"
