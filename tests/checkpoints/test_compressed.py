@@ -227,7 +227,6 @@ def test_as_stored_is_saved_again(tmp_path):
 
 def test_a_stack_of_two_kinds_is_dequantised(tmp_path):
     """One layer's weights were left out of the quantisation; the others of its stack go along."""
-
     state = write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS["fp8 channel"])
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn.q_proj"
     tensors = load_file(file)
@@ -270,7 +269,6 @@ def test_groups_in_another_order(tmp_path):
     """`weight_g_idx` (GPTQ's activation order) says which group a column belongs to."""
     reference = reference_model(replace(SCOUT, moe_layers=()))
     write(tmp_path / "model", reference, *WEIGHTS["int4 groups"])
-
     file = tmp_path / "model" / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.self_attn.v_proj"
     order = torch.randperm(64) // 16
@@ -316,7 +314,6 @@ def test_other_schemes_are_named(tmp_path, change, sentence):
     ],
 )
 def test_damaged_ones_are_named(tmp_path, kind, damage, sentence):
-
     write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS[kind])
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.self_attn.q_proj"
     tensors = load_file(file)
