@@ -5,8 +5,11 @@ Nearly all of the suite's time is compiling. So machine code is made in the quic
 LLVM's optimisation, and by XLA's older emitters of fusions, three times as fast together (the
 graphs that XLA optimises are the users' own). What one file has compiled another reads from a
 cache that lasts as long as the process. Processes don't share it, since JAX writes its entries in
-place, where another one may read half of one."""
+place, where another one may read half of one. Tracing makes many objects and few of them garbage,
+so that is looked for more seldom; and programs don't say which line of Python each operation came
+from, which nobody reads here."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -21,10 +24,13 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+gc.set_threshold(50_000, 20, 20)
+
 cache = tempfile.TemporaryDirectory(prefix="compiled-")  # deleted when the process ends
 jax.config.update("jax_compilation_cache_dir", cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 
