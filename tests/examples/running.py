@@ -26,14 +26,14 @@ def shortened(name: str, settings: str, steps: int) -> str:
 
 def python(*arguments: str, cwd: Path | None, env: dict | None = None) -> str:
     """What a process says, which can import the examples."""
-    result = _finished("-W", "error", *arguments, cwd=cwd, env=env)
+    result = finished("-W", "error", *arguments, cwd=cwd, env=env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def refusal(script: str, *arguments: str, cwd: Path) -> str:
     """What an example says of arguments that it refuses."""
-    result = _finished("-W", "error", str(EXAMPLES / script), *arguments, cwd=cwd)
+    result = finished("-W", "error", str(EXAMPLES / script), *arguments, cwd=cwd)
     assert result.returncode == 1, result.stdout
     return result.stderr
 
@@ -43,10 +43,10 @@ def run_by_two(script: str, cwd: Path) -> subprocess.CompletedProcess:
     cwd.mkdir(exist_ok=True)
     (cwd / "script.py").write_text(script)
     launch = [str(EXAMPLES / "launch.py"), "--processes", "2", "--devices", "4", "script.py"]
-    return _finished(*launch, cwd=cwd)
+    return finished(*launch, cwd=cwd)
 
 
-def _finished(
+def finished(
     *arguments: str, cwd: Path | None, env: dict | None = None
 ) -> subprocess.CompletedProcess:
     env = {**(os.environ if env is None else env), "PYTHONPATH": str(EXAMPLES)}

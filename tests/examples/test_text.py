@@ -3,8 +3,6 @@
 import contextlib
 import io
 import re
-import subprocess
-import sys
 import time
 
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ import transformers
 
 import llama4_eqx as l4
 from llama4_eqx.processing import load_tokenizer
-from tests.examples.running import run, run_by_two, shortened
+from tests.examples.running import finished, run, run_by_two, shortened
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +59,7 @@ def test_text_goes_on_after_a_death(text_run, tmp_path):
 
     two_devices = "import jax; jax.config.update('jax_num_cpu_devices', 2)"
     script = shortened("pretrain_text", two_devices, 12)
-    command = [sys.executable, "-W", "error", "-c", script]
-    resumed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    resumed = finished("-W", "error", "-c", script, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "on 2 devices" in resumed.stdout
     assert re.findall(r"(\d+)/12 ", resumed.stderr)[0] == "2"  # the step from which it went on
