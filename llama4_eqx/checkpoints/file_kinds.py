@@ -4,13 +4,13 @@ from pathlib import Path
 
 _LARGEST_HEADER = 100_000_000  # bytes of a safetensors file, whose length comes first
 _LFS = b"version https://git-lfs"
-_PICKLED = "a pickled PyTorch file, which is never loaded: use the weights in safetensors"
+PICKLED = "a pickled PyTorch file, which is never loaded: use the weights in safetensors"
 # First bytes, and what a file that has them is.
 _KINDS = (
     (_LFS, "a Git LFS pointer, not the file itself: run `git lfs pull`"),
     (b"GGUF", "a GGUF file, which isn't supported: use the bf16 release"),
-    (b"PK\x03\x04", _PICKLED),  # a zip archive, as torch.save writes one
-    (b"\x80", _PICKLED),
+    (b"PK\x03\x04", PICKLED),  # a zip archive, as torch.save writes one
+    (b"\x80", PICKLED),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
     (b"BZh", "a bzip2 archive: unpack it"),
     (b"\xfd7zXZ", "an xz archive: unpack it"),
@@ -32,16 +32,22 @@ def file_kind(path: Path) -> str | None:
     for first_bytes, kind in _KINDS:
         if start.lstrip().startswith(first_bytes):
             return kind
-    text = start.decode("utf-8", errors="replace").strip()
-    if text and text.isprintable() and "\ufffd" not in text[:-1]:
-        return f'a text that begins "{text}": fetch the file again'
     return None
 
 
 def damage(path: Path, error: Exception) -> str:
     """What a file is that safetensors can't read, or how it says so."""
-    kind = file_kind(path)
-    return f"{path.name} is {kind or f'truncated or damaged ({error}): fetch it again'}"
+    kind = file_kind(path) or _text(path) or f"truncated or damaged ({error}): fetch it again"
+    return f"{path.name} is {kind}"
+
+
+def _text(path: Path) -> str | None:
+    """How a text begins, such as a server's message."""
+    decoded = _start(path).decode("utf-8", errors="replace").rstrip("\ufffd")  # a cut character
+    text = " ".join(decoded.split())
+    if text and text.isprintable() and "\ufffd" not in text:
+        return f'a text that begins "{text}": fetch the file again'
+    return None
 
 
 def _start(path: Path) -> bytes:

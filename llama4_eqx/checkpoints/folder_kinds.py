@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from llama4_eqx.checkpoints.errors import CheckpointError
-from llama4_eqx.checkpoints.file_kinds import file_kind, is_lfs_pointer
+from llama4_eqx.checkpoints.file_kinds import PICKLED, file_kind, is_lfs_pointer
 from llama4_eqx.checkpoints.safetensors_reading import INDEX, SINGLE
 
 
@@ -68,6 +68,8 @@ def _kind(path: Path) -> str:
     if path.name.endswith(".safetensors"):
         kind = "a single safetensors file, without the config.json that says how to read it"
         return file_kind(path) or f"{kind}: give the folder of a checkpoint"
+    if path.name.endswith((".bin", ".pth", ".pt")):
+        return file_kind(path) or PICKLED
     return file_kind(path) or "a file: give the folder of a checkpoint"
 
 

@@ -511,6 +511,16 @@ OTHERS = {
         ValueError,
         r'is a text that begins "Invalid username or password\."',
     ),
+    "message-of-lines": (
+        files(model__safetensors='{\n  "error": "Access to this model is restricted"\n}'),
+        ValueError,
+        r'is a text that begins "{ "error": "Access to this model is restricted" }": fetch',
+    ),
+    "pickle-by-name": (
+        lambda f: files(m__pth=bytes(16))(f) / "m.pth",
+        ValueError,
+        "pickled PyTorch file, which is never loaded",
+    ),
     "empty-weights": (files(model__safetensors=""), ValueError, "is truncated or damaged|read"),
     "nothing": (lambda f: f / "nothing", FileNotFoundError, "There is no folder"),
     "metas": (
