@@ -1,9 +1,9 @@
 """One layer's keys and values of tokens read before.
 
-Its cache is a ring buffer: the token at position p is stored in slot `p % slots`. Global
-layers have a slot for every token; chunk-local layers never need more than one chunk. What a slot
-holds follows from the positions that a row has reached, so no bookkeeping is stored, padding takes
-no room, and rows of different lengths share a batch.
+They are in a ring buffer: the token at position p is stored in slot `p % slots`. Global layers
+have a slot for every token; chunk-local layers never need more than one chunk. What a slot holds
+follows from the positions that a row has reached, so no bookkeeping is stored, padding takes no
+room, and rows of different lengths share a batch.
 """
 
 import equinox as eqx

@@ -115,7 +115,7 @@ def quantized(
     if size % (group_size or 1) or (in_pairs and size % 2):
         raise ValueError(
             f"A weight of shape {weight.shape} has {size} inputs, which {group_size or 2} doesn't "
-            "divide: choose another group_size, or leave it out by the patterns."
+            "divide: choose another group_size, or exclude it by the patterns."
         )
     top = LARGEST[jnp.dtype(dtype).name]
     wide = weight.astype(jnp.float32)
