@@ -13,7 +13,7 @@ from llama4_eqx.decoder import Decoder
 from llama4_eqx.kv_cache import KVCache
 from llama4_eqx.layers.collectives import AxisNames
 from llama4_eqx.layers.context import Context
-from llama4_eqx.layers.linear import linear
+from llama4_eqx.layers.linear import linear, lookup
 from llama4_eqx.layers.quantized import Quantized
 from llama4_eqx.layers.remat import RematPolicy
 from llama4_eqx.layers.sites import Readings, Sites
@@ -98,7 +98,7 @@ class SingleDevice(Parallel):
     def embed(
         self, table: Float[Array, "vocab hidden"], tokens: Int[Array, "*batch seq"]
     ) -> Float[Array, "*batch seq hidden"]:
-        return table[tokens]
+        return lookup(table, tokens)
 
     def decode(
         self,
