@@ -1,8 +1,8 @@
 """Times this package against `transformers` (eager torch) on this machine, in one run.
 
     python examples/benchmark.py            # everything, about ten minutes
-    python examples/benchmark.py decode     # or: forward train decode int8 vision experts length
-                                            # depth; llamacpp, if its library is installed
+    python examples/benchmark.py decode     # or: forward train decode dtypes vision experts
+                                            # length depth; llamacpp, if it is installed
 
 Alternatives take turns and the median of each is printed, with ratios. The floors are measured in
 the same run: matmul-bound work against the rate of one plain matrix product, decoding against the
@@ -204,15 +204,19 @@ def decode() -> None:
     )
 
 
-def int8() -> None:
-    """Weights of eight bits against float32, at the size above and at hidden size 2,048."""
+def dtypes() -> None:
+    """Weights in bfloat16 and int8 against float32, at the size above and at hidden size 2,048."""
     wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 32}
     larger = dataclasses.replace(CONFIG, num_hidden_layers=4, num_key_value_heads=8, **wide)
     for config in (CONFIG, larger):
         model, prompt = random_model(config), random_tokens(1, SEQ)
         forms = {
-            "float32": model.unstacked(experts=True),
-            "int8": l4.quantize(model).unstacked(experts=True),
+            name: form.unstacked(experts=True)
+            for name, form in (
+                ("float32", model),
+                ("bfloat16", jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)),
+                ("int8", l4.quantize(model)),
+            )
         }
         runs = {
             f"{name} {new}": partial(l4.generate, form, prompt, max_new_tokens=new)
@@ -224,12 +228,12 @@ def int8() -> None:
         for name, form in forms.items():
             rates[name] = NEW / (seconds[f"{name} {1 + NEW}"] - seconds[f"{name} 1"])
             sizes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(form))
-        print(
-            f"int8     hidden {config.hidden_size}: decode {rates['int8']:6.1f} tokens/s, "
-            f"{rates['int8'] / rates['float32']:.2f} of float32; "
-            f"prompt {seconds['float32 1'] / seconds['int8 1']:.2f}; "
-            f"bytes {sizes['int8'] / sizes['float32']:.2f}"
-        )
+            print(
+                f"dtypes   hidden {config.hidden_size} {name:8} decode {rates[name]:.1f} tokens/s, "
+                f"{rates[name] / rates['float32']:.2f} of float32; "
+                f"prompt {seconds['float32 1'] / seconds[f'{name} 1']:.2f}; "
+                f"bytes {sizes[name] / sizes['float32']:.2f}"
+            )
 
 
 def vision() -> None:
@@ -333,7 +337,9 @@ def llamacpp() -> None:
 
 
 if __name__ == "__main__":
-    parts = {f.__name__: f for f in (forward, train, decode, int8, vision, experts, length, depth)}
+    parts = {
+        f.__name__: f for f in (forward, train, decode, dtypes, vision, experts, length, depth)
+    }
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for name in sys.argv[1:] or parts:
         (llamacpp if name == "llamacpp" else parts[name])()

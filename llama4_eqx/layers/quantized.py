@@ -9,6 +9,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num, UInt8
 
+from llama4_eqx.layers.cpu_products import product_in_pieces
+
 T = TypeVar("T")
 # The number of each dtype that stands for the largest weight of a scale.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
@@ -21,9 +23,9 @@ class Quantized(eqx.Module):
     output of the weight's product; or in int4, two in a byte, and a scale for each group of inputs.
 
     Products convert the numbers to the activations' dtype, and scale the output where its inputs
-    share a scale, so that an accelerator reads one byte a number. CPUs are fast at nothing but int8
-    times int8: there, if the numbers are int8, each row of activations is rounded to int8, too,
-    with a scale of its own.
+    share a scale, so that an accelerator reads one byte a number. With several rows, CPUs are fast
+    at nothing but int8 times int8: there, if the numbers are int8, each row of activations is
+    rounded to int8, too, with a scale of its own. A row alone stays as it is.
 
     The axes are the weight's; a scale's have size 1 where outputs share it, or the number of
     groups. If two numbers share a byte, the first in its lower half, they are neighbours along the
@@ -188,6 +190,8 @@ def quantized_product(
         return (out.astype(jnp.float32) * scale).astype(rows.dtype)
 
     def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
+        if len(rows) == 1 and rows.shape[1] % 16 == 0:
+            return (product_in_pieces(rows, numbers, 16) * scale).astype(rows.dtype)
         x, x_scale = int8_rows(rows)
         return (int8_dot(x, numbers, 1) * x_scale * scale).astype(rows.dtype)
 

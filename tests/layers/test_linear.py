@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llama4_eqx.layers.linear import linear, lookup
+from llama4_eqx.layers.quantized import quantized
 from tests.toys import relative_error
 
 
@@ -77,6 +78,29 @@ def test_derivatives_and_vmap_of_bfloat16():
     assert relative_error(dw, wide_seen[0].T @ wide_x[0]) < 2**-8
     _, tangent = jax.jvp(lambda x: linear(x, weight), (x[0],), (x[1],))
     assert relative_error(tangent, wide_x[1] @ wide_weight.T) < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_row_isnt_rounded_for_int8(dtype):
+    """Several are, on CPUs, to numbers that are wrong by up to a part in 254."""
+    x, weight = numbers(1, 64), quantized(jnp.asarray(numbers(8, 64, seed=1)), inputs=(1,))
+    x = jnp.asarray(x, dtype)
+    expected = np.asarray(x, np.float64) @ np.asarray(weight.dequantized(), np.float64).T
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-8  # rounded once
+    assert relative_error(linear(x, weight), expected) < tolerance
+    several = linear(jnp.concatenate([x, x]), weight)
+    assert 1e-4 < relative_error(several[:1], expected) < 2e-2
+
+
+def test_a_loop_converts_no_weight_of_int8():
+    size = 512
+    weight = quantized(jnp.asarray(numbers(size, size)), inputs=(1,))
+
+    def products(x, weight):
+        return jax.lax.fori_loop(0, 3, lambda _, x: linear(x, weight), x)
+
+    memory = jax.jit(products).lower(jnp.ones((1, size)), weight).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < size * size
 
 
 @pytest.mark.parametrize("rows", [1, 2])
