@@ -34,23 +34,26 @@ def product_in_halves(
 
 
 def product_in_pieces(
-    row: Num[Array, "rows in_features"], matrix: Num[Array, "out_features in_features"], pieces: int
+    row: Num[Array, "rows in_features"], matrix: Num[Array, "..."], pieces: int, axis: int = 1
 ) -> Float[Array, "rows out_features"]:
-    """That of one row with a matrix of narrow numbers, in float32; `pieces` divide the inputs.
+    """That of one row with a matrix of narrow numbers, in float32. Its inputs are along `axis`;
+    `pieces` divide them.
 
     `product` would convert the whole matrix first. Here the products of each piece of the inputs
     are added up as they are converted, and what that leaves, a number for each place in a piece, is
     summed last. That keeps many numbers of a row under way at a time, which one sum doesn't.
     """
-    size = matrix.shape[1] // pieces
+    size = matrix.shape[axis] // pieces
     row, matrix = in_turn(row, matrix)
-    wide = row.astype(jnp.float32)
+    wide = jnp.expand_dims(row[0].astype(jnp.float32), 1 - axis)
     sums = jnp.zeros((), jnp.float32)
     for start in range(0, pieces * size, size):
-        piece = slice(start, start + size)
-        sums = sums + matrix[:, piece].astype(jnp.float32) * wide[:, piece]
+        x, numbers = (
+            lax.slice_in_dim(one, start, start + size, axis=axis) for one in (wide, matrix)
+        )
+        sums = sums + numbers.astype(jnp.float32) * x
     # With ones, since XLA would take a plain sum and the additions away from the conversion.
-    return product(jnp.ones((1, size)), sums)
+    return lax.dot_general(jnp.ones((1, size)), sums, (((1,), (axis,)), ((), ())))
 
 
 @jax.custom_jvp

@@ -16,6 +16,7 @@ from llama4_eqx.layers.grouped_products import HOPPER, MEGABLOX, RAGGED, mlp_by_
 from llama4_eqx.layers.grouped_quantized import (
     MOST_DENSE_ROWS,
     QuantizedWeights,
+    quantized_block,
     quantized_blocked_mlp,
     quantized_dense_mlp,
     quantized_ragged_mlp,
@@ -170,7 +171,10 @@ _Parts = tuple[_Part, _Part, _Part]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _of_parts(activation: Activation, rows: Array, weights: _Parts, sizes: Array) -> Array:
-    block, _ = block_sizes(len(rows), len(sizes))
+    if any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized))):
+        block = quantized_block(len(rows), len(sizes))
+    else:
+        block, _ = block_sizes(len(rows), len(sizes))
     unstacked = all(isinstance(weight, UnstackedWeight) for weight in weights)
     on_cpu = partial(unstacked_mlp, activation, block)
     forms = {

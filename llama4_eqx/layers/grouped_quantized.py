@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.blocked import block_sizes, has_expert, visit_blocks, widen, write_rows
-from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_dot, int8_rows
+from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_product
 
 # Above so many rows, the work in vain of a dense product costs more than reading wide weights.
 MOST_DENSE_ROWS = 128
@@ -61,27 +61,29 @@ def quantized_dense_mlp(
 def quantized_blocked_mlp(
     activation: Activation, rows: Array, weights: QuantizedWeights, sizes: Array
 ) -> Array:
-    """A loop for CPUs; rows of activations are rounded to int8 where the weights are."""
-    block, _ = block_sizes(len(rows), len(sizes))
-    block = max(block, LEAST_ROWS)
+    """A loop for CPUs; of several rows, activations are rounded to int8 where the weights are."""
+    block = quantized_block(len(rows), len(sizes))
     in_int8 = all(
         weight.numbers.dtype == jnp.int8 and weight.scales_outputs(1) for weight in weights
     )
-    wide = widen(rows, block)
-    x, x_scale = int8_rows(wide) if in_int8 else (wide, jnp.ones_like(wide[:, :1]))
 
-    def product(x: Array, scale: Array, weight: Quantized) -> Array:
+    def product(x: Array, weight: Quantized) -> Array:
         if in_int8:
-            return int8_dot(x, weight.numbers, 0) * scale * weight.scale.astype(jnp.float32)
+            return int8_product(x, weight.numbers, 0) * weight.scale.astype(jnp.float32)
         return x @ weight.dequantized().astype(x.dtype)
 
-    def visit(out, start, end, expert, own):
-        block_x, scale = (lax.dynamic_slice_in_dim(a, start, block) for a in (x, x_scale))
-        gate, up, down = own
-        gated, upped = (product(block_x, scale, weight) for weight in (gate, up))
-        inner = gated_product(activation, gated, upped)
-        inner, inner_scale = int8_rows(inner) if in_int8 else (inner, scale)
-        return write_rows(out, product(inner, inner_scale, down), start)
+    x = widen(rows, block)
 
-    out = visit_blocks(visit, jnp.zeros_like(wide), block, weights, sizes)[: len(rows)]
+    def visit(out, start, end, expert, own):
+        block_x = lax.dynamic_slice_in_dim(x, start, block)
+        gate, up, down = own
+        inner = gated_product(activation, product(block_x, gate), product(block_x, up))
+        return write_rows(out, product(inner, down), start)
+
+    out = visit_blocks(visit, jnp.zeros_like(x), block, weights, sizes)[: len(rows)]
     return jnp.where(has_expert(rows, sizes), out, 0).astype(rows.dtype)
+
+
+def quantized_block(rows: int, experts: int) -> int:
+    """Rows in a block, on CPUs: one of a single row, and else no fewer than are fast in int8."""
+    return 1 if rows == 1 else max(block_sizes(rows, experts)[0], LEAST_ROWS)

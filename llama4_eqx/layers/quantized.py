@@ -16,6 +16,8 @@ T = TypeVar("T")
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 # XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
 LEAST_ROWS = 4
+# Pieces of the inputs, in a product of one row with int8.
+_PIECES = 16
 
 
 class Quantized(eqx.Module):
@@ -190,10 +192,7 @@ def quantized_product(
         return (out.astype(jnp.float32) * scale).astype(rows.dtype)
 
     def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
-        if len(rows) == 1 and rows.shape[1] % 16 == 0:
-            return (product_in_pieces(rows, numbers, 16) * scale).astype(rows.dtype)
-        x, x_scale = int8_rows(rows)
-        return (int8_dot(x, numbers, 1) * x_scale * scale).astype(rows.dtype)
+        return (int8_product(rows, numbers, 1) * scale).astype(rows.dtype)
 
     if not weight.scales_outputs(1):
         parts = weight.by_parity()
@@ -224,23 +223,20 @@ def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
 quantized_product.defvjp(_product_forward, _product_backward)
 
 
-def int8_rows(
-    x: Float[Array, "rows in_features"],
-) -> tuple[Int[Array, "rows in_features"], Float[Array, "rows size"]]:
-    """Each row rounded to int8 numbers, and the scale that makes it of them."""
-    x = x.astype(jnp.float32)
+def int8_product(
+    rows: Float[Array, "rows in_features"], numbers: Int[Array, "..."], axis: int
+) -> Float[Array, "rows out_features"]:
+    """The product of rows with a matrix of int8, whose inputs are along that axis, as CPUs compute
+    it fast: of one row exactly, of several with each row rounded to int8."""
+    if len(rows) == 1 and rows.shape[1] % _PIECES == 0:
+        return product_in_pieces(rows, numbers, _PIECES, axis)
+    x = rows.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST["int8"]
     scale = jnp.where(scale == 0, 1, scale)
-    return jnp.round(x / scale).astype(jnp.int8), scale
-
-
-def int8_dot(
-    x: Int[Array, "rows in_features"], numbers: Int[Array, "..."], axis: int
-) -> Float[Array, "rows out_features"]:
-    """The product of int8 matrices, summed exactly over that axis of the second."""
+    x = jnp.round(x / scale).astype(jnp.int8)
     few = max(0, LEAST_ROWS - len(x))
     out = _dot(jnp.pad(x, ((0, few), (0, 0))), numbers, axis, jnp.int32)
-    return out[: len(x)].astype(jnp.float32)
+    return out[: len(x)].astype(jnp.float32) * scale
 
 
 def _dot(x: Array, y: Array, axis: int, dtype: DTypeLike | None = None) -> Array:

@@ -60,11 +60,12 @@ def test_of_few_bits(weights):
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-4)  # a rounded number may flip
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("quantize", [False, True])
-def test_a_model_decodes_the_same(quantize):
+def test_a_model_decodes_the_same(quantize, rows):
     model = l4.Llama4(l4.Llama4Config(MAVERICK), key=jax.random.key(0))
     model = l4.quantize(model) if quantize else model
-    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 250)
+    tokens = jax.random.randint(jax.random.key(1), (rows, 9), 0, 250)
     found = [
         generate_output(form, tokens, max_new_tokens=12)
         for form in (model.unstacked(), model.unstacked(experts=True))
