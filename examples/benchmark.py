@@ -28,6 +28,7 @@ import torch
 import transformers
 
 import llama4_eqx as l4
+from llama4_eqx.training import init_train_state, make_train_step
 
 CONFIG = l4.TextConfig(
     vocab_size=8192,
@@ -138,22 +139,20 @@ def train() -> None:
     reference, torch_tokens = reference_model(model), torch.tensor(np.asarray(tokens)).long()
     optimizer = optax.adamw(1e-4)
 
-    def loss(model):
-        logits = model(tokens).logits[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    def loss(model, tokens, key):
+        logits, targets = model(tokens).logits[:, :-1], tokens[:, 1:]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return losses.mean(), jnp.asarray(losses.size), {}
 
-    @eqx.filter_jit(donate="all")
-    def step(model, state):
-        value, gradients = eqx.filter_value_and_grad(loss)(model)
-        updates, state = optimizer.update(gradients, state, eqx.filter(model, eqx.is_array))
-        return eqx.apply_updates(model, updates), state, value
+    step = make_train_step(optimizer, loss)
 
     def steps_of(model):
-        carry = [model, optimizer.init(eqx.filter(model, eqx.is_array))]
+        state = init_train_state(model, optimizer, key=jax.random.key(2))
 
         def run():
-            *carry[:], value = step(*carry)
-            return jax.block_until_ready((carry, value))
+            nonlocal state
+            state, metrics = step(state, tokens)
+            return state, metrics
 
         return run
 
