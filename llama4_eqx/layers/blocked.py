@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from math import isqrt
 from typing import Any
 
 import jax
@@ -37,12 +36,12 @@ def blocked_forward(
 
 def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
     blocks = block_sizes(rows.shape[0], sizes.shape[0])
-    block, x = blocks[0], widen(rows, max(blocks))  # the backward pass reads x and inner, too
+    x = widen(rows, blocks[-1])
     inner = ()
     if save_inner:
         inner = (jnp.zeros_like(x, shape=(x.shape[0], gate.shape[-1])),) * 2
 
-    def visit(state, start, end, expert, weights):
+    def visit(state, block, start, end, expert, weights):
         out, inner = state
         block_x = lax.dynamic_slice_in_dim(x, start, block)
         block_inner = block_x @ weights[0], block_x @ weights[1]
@@ -52,7 +51,7 @@ def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
         return out, inner
 
     weights = gate, up, down
-    out, inner = visit_blocks(visit, (jnp.zeros_like(x), inner), block, weights, sizes)
+    out, inner = visit_blocks(visit, (jnp.zeros_like(x), inner), blocks, weights, sizes)
     inner = save_residual(inner)
     out = jnp.where(has_expert(rows, sizes), out[: rows.shape[0]], 0)
     return out.astype(rows.dtype), (x, inner, weights, sizes)
@@ -60,10 +59,10 @@ def _forward(activation, rows, gate, up, down, sizes, save_inner=True):
 
 def _backward(activation, residuals, d_out):
     x, inner, weights, sizes = residuals
-    _, block = block_sizes(d_out.shape[0], sizes.shape[0])
-    wide_d_out = widen(d_out, block)
+    blocks = block_sizes(d_out.shape[0], sizes.shape[0])
+    wide_d_out = widen(d_out, blocks[-1])
 
-    def visit(state, start, end, expert, block_weights):
+    def visit(state, block, start, end, expert, block_weights):
         d_x, d_gate, d_up, d_down = state
         gate, up, down = block_weights
         of_expert = (start + jnp.arange(block) < end)[:, None]
@@ -80,7 +79,7 @@ def _backward(activation, residuals, d_out):
         )
 
     zeros = tuple(jnp.zeros_like(like, dtype=x.dtype) for like in (x, *weights))
-    d_x, *d_weights = visit_blocks(visit, zeros, block, weights, sizes)
+    d_x, *d_weights = visit_blocks(visit, zeros, blocks, weights, sizes)
     d_rows = d_x[: d_out.shape[0]].astype(d_out.dtype)
     return d_rows, *(d.astype(w.dtype) for d, w in zip(d_weights, weights, strict=True)), None
 
@@ -93,16 +92,22 @@ def write_rows(buffer: Array, rows: Array, start: Int[Array, ""]) -> Array:
     return lax.dynamic_update_slice_in_dim(buffer, rows, start, axis=0)
 
 
-def block_sizes(tokens: int, experts: int) -> tuple[int, int]:
-    """Rows in a block, forward and backward: the fastest on two cores.
-
-    Forward, a block computes some rows in vain, but one of 64 takes little longer than one of 16.
-    Backward, each block costs an addition to the gradient of all the expert's weights, so one
-    should hold what most experts get.
-    """
+def block_size(tokens: int, experts: int) -> int:
+    """Rows in a block, if all have one size: the fastest on two cores. Some rows are computed in
+    vain, but a block of 64 takes little longer than one of 16."""
     share = max(1, -(-tokens // experts))
-    forward = 1 << (3 * share // 2 - 1).bit_length()  # a power of two, from 1.5 times the share
-    return min(forward, 64), min(share + 2 * isqrt(share), 256)
+    return min(64, 1 << (3 * share // 2 - 1).bit_length())  # a power of two from 1.5 times on
+
+
+def block_sizes(tokens: int, experts: int) -> tuple[int, ...]:
+    """Rows in blocks of several sizes, in ascending order, so that an expert with many rows gets
+    large blocks, and a last one that fits.
+
+    Products of few rows are slow, and each block costs, backward, an addition to the gradient of
+    all the expert's weights.
+    """
+    size = block_size(tokens, experts)
+    return (size,) if size < 64 else (32, 64, 128, 256)
 
 
 def widen(rows: Array, spare: int) -> Array:
@@ -119,11 +124,12 @@ def _wide(x: Array) -> Any:
 def visit_blocks(
     visit: Callable[..., Any],
     state: Any,
-    block: int,
+    blocks: tuple[int, ...],
     weights: tuple[Any, Any, Any],
     sizes: Array,
 ) -> Any:
-    """Folds `visit(state, start, end, expert, weights)` over the blocks of rows, in order.
+    """Folds `visit(state, block, start, end, expert, weights)` over blocks of rows, in order, each
+    of one of the sizes, which ascend.
 
     A block begins at row `start`; the rows of its expert end at `end`. Experts without rows cost
     nothing, others one copy of their weights.
@@ -136,12 +142,22 @@ def visit_blocks(
         # float32 ahead of the loop, which triples the memory.
         all_weights, expert = lax.optimization_barrier((weights, busy[i]))
         own_weights = tuple(_own(weight, expert) for weight in all_weights)
-        end, size = ends[expert], sizes[expert]
+        start, end = ends[expert] - sizes[expert], ends[expert]
+        rest = (end - start) % blocks[-1]
+        # The rest gets one block, of the size that it fits in; a loop runs it or doesn't.
+        fits = [
+            ((less < rest) & (rest <= block)).astype(rest.dtype)
+            for less, block in zip((0, *blocks), blocks, strict=False)
+        ]
+        fits[-1] += (end - start) // blocks[-1]
+        for block, count in reversed(list(zip(blocks, fits, strict=True))):
 
-        def visit_block(j, state):
-            return visit(state, end - size + j * block, end, expert, own_weights)
+            def visit_block(j, state, block=block, start=start):
+                return visit(state, block, start + j * block, end, expert, own_weights)
 
-        return lax.fori_loop(0, (size + block - 1) // block, visit_block, state)
+            state = lax.fori_loop(0, count, visit_block, state)
+            start += count * block
+        return state
 
     return lax.fori_loop(0, jnp.count_nonzero(sizes), visit_expert, state)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llama4_eqx.layers.activation import Activation, gated_product, silu
 from llama4_eqx.layers.backends import ExpertsBackend, check_backend
-from llama4_eqx.layers.blocked import block_sizes, blocked_forward, blocked_mlp
+from llama4_eqx.layers.blocked import block_size, blocked_forward, blocked_mlp
 from llama4_eqx.layers.grouped_products import HOPPER, MEGABLOX, RAGGED, mlp_by_products
 from llama4_eqx.layers.grouped_quantized import (
     MOST_DENSE_ROWS,
@@ -174,7 +174,7 @@ def _of_parts(activation: Activation, rows: Array, weights: _Parts, sizes: Array
     if any(map(is_quantized, jax.tree.leaves(weights, is_leaf=is_quantized))):
         block = quantized_block(len(rows), len(sizes))
     else:
-        block, _ = block_sizes(len(rows), len(sizes))
+        block = block_size(len(rows), len(sizes))
     unstacked = all(isinstance(weight, UnstackedWeight) for weight in weights)
     on_cpu = partial(unstacked_mlp, activation, block)
     forms = {

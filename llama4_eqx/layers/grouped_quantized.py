@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array
 
 from llama4_eqx.layers.activation import Activation, gated_product
-from llama4_eqx.layers.blocked import block_sizes, has_expert, visit_blocks, widen, write_rows
+from llama4_eqx.layers.blocked import block_size, has_expert, visit_blocks, widen, write_rows
 from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_product
 
 # Above so many rows, the work in vain of a dense product costs more than reading wide weights.
@@ -74,16 +74,16 @@ def quantized_blocked_mlp(
 
     x = widen(rows, block)
 
-    def visit(out, start, end, expert, own):
+    def visit(out, block, start, end, expert, own):
         block_x = lax.dynamic_slice_in_dim(x, start, block)
         gate, up, down = own
         inner = gated_product(activation, product(block_x, gate), product(block_x, up))
         return write_rows(out, product(inner, down), start)
 
-    out = visit_blocks(visit, jnp.zeros_like(x), block, weights, sizes)[: len(rows)]
+    out = visit_blocks(visit, jnp.zeros_like(x), (block,), weights, sizes)[: len(rows)]
     return jnp.where(has_expert(rows, sizes), out, 0).astype(rows.dtype)
 
 
 def quantized_block(rows: int, experts: int) -> int:
     """Rows in a block, on CPUs: one of a single row, and else no fewer than are fast in int8."""
-    return 1 if rows == 1 else max(block_sizes(rows, experts)[0], LEAST_ROWS)
+    return 1 if rows == 1 else max(block_size(rows, experts), LEAST_ROWS)
