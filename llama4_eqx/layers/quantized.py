@@ -9,15 +9,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from llama4_eqx.layers.cpu_products import product_in_pieces
+from llama4_eqx.layers.cpu_products import product, product_in_blocks
 
 T = TypeVar("T")
 # The number of each dtype that stands for the largest weight of a scale.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 # XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
 LEAST_ROWS = 4
-# Pieces of the inputs, in a product of one row with int8.
-_PIECES = 16
+# Blocks of the inputs, in a product of one row with int8.
+_BLOCKS = 16
 
 
 class Quantized(eqx.Module):
@@ -188,7 +188,7 @@ def quantized_product(
     """`rows · weightᵀ`, of a weight `[out_features, in_features]`."""
 
     def by_cast(rows: Array, numbers: Array, scale: Array) -> Array:
-        out = _dot(rows, numbers.astype(rows.dtype), 1)
+        out = product(rows, numbers.astype(rows.dtype))
         return (out.astype(jnp.float32) * scale).astype(rows.dtype)
 
     def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
@@ -197,7 +197,7 @@ def quantized_product(
     if not weight.scales_outputs(1):
         parts = weight.by_parity()
         products = (
-            _dot(rows[:, i :: len(parts)], part.dequantized().astype(rows.dtype), 1, jnp.float32)
+            product(rows[:, i :: len(parts)], part.dequantized().astype(rows.dtype), jnp.float32)
             for i, part in enumerate(parts)
         )
         return sum(products, start=jnp.zeros((), jnp.float32)).astype(rows.dtype)
@@ -214,10 +214,10 @@ def _product_forward(rows: Array, weight: Quantized) -> tuple[Array, Any]:
 def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
     like, weight = residuals
     if not weight.scales_outputs(1):
-        return _dot(d_out, weight.dequantized().astype(like.dtype), 0), None
+        return product(d_out, weight.dequantized().astype(like.dtype), axis=0), None
     scale = weight.scale.T.astype(jnp.float32)
     scaled = (d_out.astype(jnp.float32) * scale).astype(like.dtype)
-    return _dot(scaled, weight.numbers.astype(like.dtype), 0), None
+    return product(scaled, weight.numbers.astype(like.dtype), axis=0), None
 
 
 quantized_product.defvjp(_product_forward, _product_backward)
@@ -228,17 +228,12 @@ def int8_product(
 ) -> Float[Array, "rows out_features"]:
     """The product of rows with a matrix of int8, whose inputs are along that axis, as CPUs compute
     it fast: of one row exactly, of several with each row rounded to int8."""
-    if len(rows) == 1 and rows.shape[1] % _PIECES == 0:
-        return product_in_pieces(rows, numbers, _PIECES, axis)
+    if len(rows) == 1 and rows.shape[1] % _BLOCKS == 0:
+        return product_in_blocks(rows, numbers, _BLOCKS, axis)
     x = rows.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST["int8"]
     scale = jnp.where(scale == 0, 1, scale)
     x = jnp.round(x / scale).astype(jnp.int8)
     few = max(0, LEAST_ROWS - len(x))
-    out = _dot(jnp.pad(x, ((0, few), (0, 0))), numbers, axis, jnp.int32)
+    out = product(jnp.pad(x, ((0, few), (0, 0))), numbers, jnp.int32, axis)
     return out[: len(x)].astype(jnp.float32) * scale
-
-
-def _dot(x: Array, y: Array, axis: int, dtype: DTypeLike | None = None) -> Array:
-    numbers = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(x, y, numbers, preferred_element_type=dtype)

@@ -55,7 +55,7 @@ def in_bfloat16(*arrays):
 @pytest.mark.parametrize("batch", [(), (1,), (2,), (0,), (2, 3)])
 @pytest.mark.parametrize("inputs", [5, 16, 64])
 def test_products_of_bfloat16_are_rounded_once(batch, inputs):
-    """One row goes another way than many, if its inputs can be cut into pieces."""
+    """One row goes another way than many, if its inputs can be cut into blocks."""
     (x, weight), (wide_x, wide_weight) = in_bfloat16(
         numbers(*batch, inputs), numbers(8, inputs, seed=1)
     )
