@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -32,6 +33,7 @@ over, and anything else to report, which is averaged like the loss."""
 # of it fresh in each step: to map it takes a fifth of the processors' time.
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _ARRAY_OR_SHAPE = jax.Array | jax.ShapeDtypeStruct
+_NOT_TRACING = get_opaque_trace_state()
 
 
 class TrainState(eqx.Module):
@@ -209,11 +211,11 @@ def make_train_step(
 
 
 def _on_cpu(tree: PyTree) -> bool:
-    """Whether all arrays, or shapes, are on CPUs; not if one is traced, as only an outermost `jit`
-    takes options."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, _ARRAY_OR_SHAPE)]
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
+    """Whether all arrays, or shapes, are on CPUs; not inside another transformation, as only an
+    outermost `jit` takes options."""
+    if get_opaque_trace_state() != _NOT_TRACING:
         return False
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, _ARRAY_OR_SHAPE)]
     shardings = [leaf.sharding for leaf in leaves if leaf.sharding is not None]
     platforms = {device.platform for sharding in shardings for device in sharding.device_set}
     return (platforms or {jax.default_backend()}) == {"cpu"}

@@ -205,6 +205,25 @@ def test_a_step_inside_a_program_is_the_same_step():
     assert largest_difference(inside.model, alone.model) < TOLERANCE
 
 
+def test_a_learning_rate_may_be_traced():
+    """A sweep, in which nothing that the step is given is traced."""
+    state = init_train_state(jnp.ones(2), optax.sgd(0.0), key=jax.random.key(0))
+
+    def trained(rate):
+        step = make_train_step(
+            optax.sgd(rate),
+            lambda model, batch, key: (jnp.sum(model * batch), jnp.float32(1), {}),
+            donate=False,
+        )
+        return step(state, jnp.arange(2.0))[0].model
+
+    rates = jnp.array([0.1, 0.2])
+    wanted = jnp.stack([trained(0.1), trained(0.2)])
+    np.testing.assert_allclose(jax.vmap(trained)(rates), wanted)
+    np.testing.assert_allclose(jax.jit(trained)(rates[0]), wanted[0])
+    np.testing.assert_allclose(jax.jacfwd(trained)(rates[0]), -jnp.arange(2.0))
+
+
 def test_a_step_on_cpus_takes_less_memory_than_inside_a_program():
     """Where XLA may schedule it for speed alone: alone, it has an option against that."""
     config = replace(SCOUT, num_hidden_layers=8, no_rope_layers=(1, 1, 1, 0) * 2, hidden_size=128)
