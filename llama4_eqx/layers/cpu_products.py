@@ -55,7 +55,7 @@ def product_in_blocks(
         )
         sums = sums + numbers.astype(jnp.float32) * x
     # With ones, since XLA would take a plain sum and the additions away from the conversion.
-    return lax.dot_general(jnp.ones((1, size)), sums, (((1,), (axis,)), ((), ())))
+    return product(jnp.ones((1, size)), sums, axis=axis)
 
 
 @jax.custom_jvp
