@@ -95,7 +95,7 @@ class Quantized(eqx.Module):
         are summed to the weight's: TPUs read numbers that share a byte at half a byte each so."""
         if self.packed is None:
             return [self]
-        if self.numbers.shape[self.packed] % self.scale.shape[self.packed]:  # pairs across groups
+        if self.numbers.shape[self.packed] % self.scale.shape[self.packed]:  # a pair in two groups
             return [self]
         both = self.numbers.astype(jnp.int8)
         halves = (both << 4) >> 4, both >> 4
