@@ -29,8 +29,9 @@ LossFunction = Callable[[Any, Any, PRNGKeyArray], tuple[Array, Array, PyTree]]
 over, and anything else to report, which is averaged like the loss."""
 
 
-# For CPUs. XLA's own schedule there lets operations overlap and takes up to twice the memory, all
-# of it fresh in each step: to map it takes a fifth of the processors' time.
+# For one CPU. XLA's own schedule lets operations overlap and takes up to twice the memory, all of
+# it fresh in each step: to map it takes a fifth of the processors' time. With this one, several
+# devices don't come to their collectives in one order, which then hang or mix up their numbers.
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _ARRAY_OR_SHAPE = jax.Array | jax.ShapeDtypeStruct
 _NOT_TRACING = get_opaque_trace_state()
@@ -95,7 +96,7 @@ class TrainStep:
     """`state, metrics = step(state, batch)`, compiled; donates the old state."""
 
     _jitted: Any  # what `eqx.filter_jit` returns
-    _jitted_for_cpu: Any
+    _jitted_for_one_cpu: Any
     donates: bool = True
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
@@ -106,12 +107,12 @@ class TrainStep:
                     f"{leaf_name(path)} of this state was donated to an earlier step: go on from "
                     "the state that the step returned, or pass donate=False to make_train_step."
                 )
-        jitted = self._jitted_for_cpu if _on_cpu((state, batch)) else self._jitted
+        jitted = self._jitted_for_one_cpu if _on_one_cpu((state, batch)) else self._jitted
         return jitted(batch, state)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the step, from arrays or shapes: see `llama4_eqx.lowering.lower`."""
-        options = _LEAST_MEMORY if _on_cpu((state, batch)) else None
+        options = _LEAST_MEMORY if _on_one_cpu((state, batch)) else None
         return lower(self, state, batch, donate=0 if self.donates else None, options=options)
 
 
@@ -210,15 +211,15 @@ def make_train_step(
     return TrainStep(jit(), jit(compiler_options=_LEAST_MEMORY), donate)
 
 
-def _on_cpu(tree: PyTree) -> bool:
-    """Whether all arrays, or shapes, are on CPUs; not inside another transformation, as only an
-    outermost `jit` takes options."""
+def _on_one_cpu(tree: PyTree) -> bool:
+    """Whether all arrays, or shapes, are on the same CPU; not inside another transformation, as
+    only an outermost `jit` takes options."""
     if get_opaque_trace_state() != _NOT_TRACING:
         return False
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, _ARRAY_OR_SHAPE)]
     shardings = [leaf.sharding for leaf in leaves if leaf.sharding is not None]
-    platforms = {device.platform for sharding in shardings for device in sharding.device_set}
-    return (platforms or {jax.default_backend()}) == {"cpu"}
+    devices = {device for sharding in shardings for device in sharding.device_set}
+    return [device.platform for device in devices or jax.devices()[:1]] == ["cpu"]
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
 import llama4_eqx as l4
@@ -224,15 +225,19 @@ def test_a_learning_rate_may_be_traced():
     np.testing.assert_allclose(jax.jacfwd(trained)(rates[0]), -jnp.arange(2.0))
 
 
-def test_a_step_on_cpus_takes_less_memory_than_inside_a_program():
-    """Where XLA may schedule it for speed alone: alone, it has an option against that."""
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_on_one_cpu_takes_less_memory_than_inside_a_program(devices):
+    """Where XLA may schedule it for speed alone: alone, it has an option against that. On several
+    devices it has none, as with it their collectives would hang."""
     config = replace(SCOUT, num_hidden_layers=8, no_rope_layers=(1, 1, 1, 0) * 2, hidden_size=128)
     state = init_train_state(toy(config), SGD, key=jax.random.key(0))
-    batch = {"tokens": random_tokens(1, 16)}
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
+    state, batch = eqx.filter_shard((state, {"tokens": random_tokens(1, 16)}), place)
     alone = PLAIN.lower(state, batch).compile()
     inside = lower(PLAIN, state, batch, donate=0).compile()
     sizes = [each.memory_analysis().temp_size_in_bytes for each in (alone, inside)]
-    assert sizes[0] < 0.85 * sizes[1]
+    assert sizes[0] < 0.85 * sizes[1] if devices == 1 else sizes[0] == sizes[1]
 
 
 def test_an_unknown_remat_policy():
