@@ -10,7 +10,7 @@ from llama4_eqx.checkpoints import load_checkpoint as load_checkpoint
 from llama4_eqx.checkpoints import save_checkpoint as save_checkpoint
 from llama4_eqx.config import Llama4Config as Llama4Config
 from llama4_eqx.decoder import Decoder as Decoder
-from llama4_eqx.decoder import DecoderBlock as DecoderBlock
+from llama4_eqx.decoder_block import DecoderBlock as DecoderBlock
 from llama4_eqx.decoder_layer import DecoderLayer as DecoderLayer
 from llama4_eqx.generation import Greedy as Greedy
 from llama4_eqx.generation import Sample as Sample

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from llama4_eqx.axes import axis_words, leaf_name
 from llama4_eqx.config import Llama4Config
-from llama4_eqx.decoder import DecoderBlock
+from llama4_eqx.decoder_block import DecoderBlock
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.layers.foreign import foreign_parts, part_at
 from llama4_eqx.layers.initializers import normal

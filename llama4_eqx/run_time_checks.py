@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -45,11 +46,13 @@ class _Refusal:
 
 
 _refuse_p = Primitive("refuse_if")
+_Array = Array | np.ndarray
 
 
-def _eager(wrong: Array, detail: Array, *, refusal: _Refusal) -> Array:
-    """Outside of `jit` the error is raised here, so that the user sees it alone."""
-    if not wrong.is_fully_addressable:
+def _eager(wrong: _Array, detail: _Array, *, refusal: _Refusal) -> Array:
+    """Outside of `jit` the error is raised here, so that the user sees it alone. JAX passes
+    constants as NumPy arrays."""
+    if isinstance(wrong, jax.Array) and not wrong.is_fully_addressable:
         return jax.jit(refusal)(wrong, detail)
     if bool(wrong):
         raise ValueError(refusal.sentence.format(detail=int(detail)))

@@ -1,5 +1,9 @@
 """What a decoder layer asks of its two parts. Subclass these to put a part of your own in place,
-with `llama4_eqx.research.replaced`."""
+with `llama4_eqx.research.replaced`.
+
+Their Python code runs once for all layers that are equal, and not again in a later call with the
+same shapes: write them as for `jax.jit`.
+"""
 
 from abc import abstractmethod
 from typing import ClassVar

@@ -19,8 +19,8 @@ Readings = dict[str, Array]
 class Sites:
     """The sites of one layer during one trace: edits what passes and keeps what is to be read.
 
-    `words` has the axis words of each site. The values in `readings` belong to the trace that they
-    were made in, which must return them.
+    `words` has the axis words of each site; `layer` is None outside of the layers. The values in
+    `readings` belong to the trace that they were made in, which must return them.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class Sites:
         probe: Probe | None = None,
         words: Mapping[str, str] | None = None,
         *,
-        layer: LayerNumber = -1,
+        layer: LayerNumber | None = None,
         mesh_axes: MeshAxes = UNSHARDED,
     ) -> None:
         self.probe = Probe() if probe is None else probe
         self.readings: Readings = {}
         self._words = words or {}
-        self._layer = layer
+        self._layer = -1 if layer is None else layer
         self._mesh_axes = mesh_axes
 
     def __call__(self, site: str, value: Array) -> Array:
@@ -45,18 +45,18 @@ class Sites:
             self.readings[site] = value
         return value
 
-    def of_layer(
-        self,
-        layer: LayerNumber | None,
-        words: Mapping[str, str] | None = None,
-        mesh_axes: MeshAxes = UNSHARDED,
-    ) -> "Sites":
+    def of_layer(self, layer: LayerNumber | None) -> "Sites":
         """The same probe's sites in one layer, without readings yet."""
-        number = -1 if layer is None else layer
-        return Sites(self.probe, words or self._words, layer=number, mesh_axes=mesh_axes)
+        return Sites(self.probe, self._words, layer=layer, mesh_axes=self._mesh_axes)
 
     def _edited(self, site: str, value: Array) -> Array:
         """Each device gathers the whole value, edits it and takes its own shard back."""
+        if site not in self._words:
+            raise ValueError(
+                f"A layer shows the site {site!r} without listing it, so its axes aren't known: "
+                "add it to the class variable `sites` of your module. A wrapper takes over those "
+                "of what it wraps, as in `sites = Attention.sites`."
+            )
         words = self._words[site]
         axes = value_axes(words, value.ndim - len(words.split()) + 1, self._mesh_axes)
         whole = value

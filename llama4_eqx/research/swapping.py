@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from llama4_eqx.argument_checks import check_type, whole_number
-from llama4_eqx.decoder import DecoderBlock, stacked
+from llama4_eqx.decoder_block import DecoderBlock, stacked
 from llama4_eqx.decoder_layer import DecoderLayer
 from llama4_eqx.input_checks import Number
 from llama4_eqx.layers.foreign import part_at

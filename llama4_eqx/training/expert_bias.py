@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama4_eqx.argument_checks import check_type
-from llama4_eqx.decoder import DecoderBlock
+from llama4_eqx.decoder_block import DecoderBlock
 from llama4_eqx.layers.moe import MoE
 from llama4_eqx.model import Llama4
 
