@@ -14,9 +14,10 @@ from llama4_eqx.layers.initializers import normal
 from llama4_eqx.layers.linear import linear
 from llama4_eqx.layers.lowrank import merged
 from llama4_eqx.layers.norm import LayerNorm
+from llama4_eqx.layers.probe import Probe
 from llama4_eqx.layers.remat import RematPolicy, rematerialise
 from llama4_eqx.layers.rope import Rotation
-from llama4_eqx.layers.sites import NO_SITES, Sites
+from llama4_eqx.layers.sites import NO_SITES, Readings, Sites
 from llama4_eqx.layers.vision_attention import VisionAttention, rotation_2d
 from llama4_eqx.projector import PixelShuffleMLP, VisionMLP2
 from llama4_eqx.vision_config import VisionConfig
@@ -94,6 +95,10 @@ class VisionEncoderLayer(eqx.Module):
     self_attn: VisionAttention
     post_attention_layernorm: LayerNorm
     mlp: VisionMLP
+    sites: ClassVar[dict[str, str]] = {
+        "vision_resid_post": "*batch patches vision_hidden",
+        "vision_pattern": "*batch heads patches patches",
+    }
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, key: PRNGKeyArray) -> None:
         attention_key, mlp_key = jax.random.split(key)
@@ -145,24 +150,40 @@ class VisionEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
         """The last layer's output. `sites` gets what is read of the layers."""
-        arrays, static = eqx.partition(self.blocks, eqx.is_array)
-        depth = jax.tree.leaves(arrays)[0].shape[0]
-        keys = None if key is None else jax.random.split(key, depth)
-
-        @partial(rematerialise, policy=remat)
-        def run(layer, x, key, number):
-            of_layer = sites.of_layer(number)
-            x = merged(layer)(x, rotation, sites=of_layer, key=key)
-            return x, of_layer.readings
-
-        def step(x, layer):
-            arrays, key, number = layer
-            return run(eqx.combine(arrays, static), x, key, number)
-
-        numbers = jnp.arange(depth) if sites.probe.edit else None
-        x, readings = lax.scan(step, x, (arrays, keys, numbers))
+        # Traced and compiled once for all calls; but an edit may be any function.
+        run = _run_encoder if sites.probe.edit else _run_encoder_jit
+        x, readings = run(self.blocks, x, rotation, sites.probe, remat, key)
         sites.readings.update(readings)
         return x
+
+
+def _run_encoder(
+    blocks: VisionEncoderLayer,
+    x: Float[Array, "*batch patches vision_hidden"],
+    rotation: Rotation,
+    probe: Probe,
+    remat: RematPolicy,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, "*batch patches vision_hidden"], Readings]:
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+    depth = jax.tree.leaves(arrays)[0].shape[0]
+    keys = None if key is None else jax.random.split(key, depth)
+    numbers = jnp.arange(depth) if probe.edit else None
+
+    @partial(rematerialise, policy=remat)
+    def run(layer, x, key, number):
+        sites = Sites(probe, layer.sites, layer=number)
+        x = merged(layer)(x, rotation, sites=sites, key=key)
+        return x, sites.readings
+
+    def step(x, layer):
+        arrays, key, number = layer
+        return run(eqx.combine(arrays, static), x, key, number)
+
+    return lax.scan(step, x, (arrays, keys, numbers))
+
+
+_run_encoder_jit = eqx.filter_jit(_run_encoder)
 
 
 class VisionModel(eqx.Module):
@@ -177,9 +198,7 @@ class VisionModel(eqx.Module):
     layernorm_post: LayerNorm
     vision_adapter: PixelShuffleMLP
     rope_theta: float = eqx.field(static=True)
-    sites: ClassVar[dict[str, str]] = {
-        "vision_resid_post": "*batch patches vision_hidden",
-        "vision_pattern": "*batch heads patches patches",
+    sites: ClassVar[dict[str, str]] = VisionEncoderLayer.sites | {
         "vision_features": "*batch patches vision_hidden",
         "adapter_out": "*batch image_tokens vision_out",
     }

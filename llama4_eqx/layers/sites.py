@@ -45,10 +45,6 @@ class Sites:
             self.readings[site] = value
         return value
 
-    def of_layer(self, layer: LayerNumber | None) -> "Sites":
-        """The same probe's sites in one layer, without readings yet."""
-        return Sites(self.probe, self._words, layer=layer, mesh_axes=self._mesh_axes)
-
     def _edited(self, site: str, value: Array) -> Array:
         """Each device gathers the whole value, edits it and takes its own shard back."""
         if site not in self._words:
