@@ -62,7 +62,7 @@ class DecoderBlock(eqx.Module):
                 self.layers, x, context, caches, probe, numbers, remat, key
             )
             return x, caches, in_layer_order(jax.tree.map(lambda value: value[None], cycle))
-        run_cycles = _run_cycles if probe.edit else _run_cycles_jit
+        run_cycles = _run_cycles if probe.has_functions else _run_cycles_jit
         return run_cycles(self, x, context, caches, probe, numbers, remat, key)
 
 
@@ -145,7 +145,7 @@ def _run_layer(
 
 
 # Equal layers are traced once for all calls, and if there is no `jit` around a call compiled once.
-# But an edit may be any function, which has to be called each time.
+# But a function that edits has to be called each time.
 _run_cycles_jit, _run_layer_jit = eqx.filter_jit(_run_cycles), eqx.filter_jit(_run_layer)
 
 

@@ -150,8 +150,8 @@ class VisionEncoder(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch patches vision_hidden"]:
         """The last layer's output. `sites` gets what is read of the layers."""
-        # Traced and compiled once for all calls; but an edit may be any function.
-        run = _run_encoder if sites.probe.edit else _run_encoder_jit
+        # Traced and compiled once for all calls; but a function that edits is called each time.
+        run = _run_encoder if sites.probe.has_functions else _run_encoder_jit
         x, readings = run(self.blocks, x, rotation, sites.probe, remat, key)
         sites.readings.update(readings)
         return x

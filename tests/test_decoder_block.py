@@ -1,4 +1,4 @@
-"""How often a layer's Python code runs: once for all equal layers, and an edit in every call."""
+"""How often Python runs a layer: once for all equal layers; and an editing function: each time."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import pytest
 
 import llama4_eqx as l4
 from llama4_eqx.layers import Attention, Probe, SequenceMixer
-from llama4_eqx.research import replaced
+from llama4_eqx.research import At, Scale, replaced
 from tests.toys import SCOUT, random_tokens, relative_error
 
 CYCLE, REPEATS = (1, 1, 0), 2  # two layers of one kind and one of another
@@ -62,17 +62,31 @@ def test_equal_layers_are_traced_once_for_all_calls(model):
     assert len(calls) == 2 * len(set(CYCLE))
 
 
-def test_an_edit_is_called_in_each_call(model):
-    """It may be any function, such as one that sees a variable that has changed since."""
+def test_scanned_layers_are_traced_once_for_all_values_of_an_edit():
+    calls, model = Calls(), l4.Llama4(l4.Llama4Config(CONFIG), key=jax.random.key(0))
+    model = replaced(model, "self_attn", lambda attention: Counting(attention, calls))
+    tokens = random_tokens(2, 16)
+    plain = model(tokens).logits
+    before = len(calls)
+    for factor, layer in ((1.0, 0), (2.0, 3)):
+        probe = Probe(edit=Scale("ff_out", factor, layers=layer))
+        change = relative_error(model(tokens, probe=probe).logits, plain)
+        assert change < 1e-5 if factor == 1 else change > 0.01
+    assert len(calls) == before + len(CYCLE)
+
+
+def test_an_editing_function_is_called_in_each_call(model):
+    """It may see a variable that has changed since."""
     factor, tokens = 1.0, random_tokens(2, 16)
 
     def edit(site, value, layer):
         return value * factor if site == "ff_out" else value
 
-    probe = Probe(edit=edit)
-    plain = model(tokens, probe=probe).logits
+    probes = [Probe(edit=edit), Probe(edit=At("ff_out", edit))]
+    plain = [model(tokens, probe=probe).logits for probe in probes]
     factor = 2.0
-    assert relative_error(model(tokens, probe=probe).logits, plain) > 0.01
+    for probe, logits in zip(probes, plain, strict=True):
+        assert relative_error(model(tokens, probe=probe).logits, logits) > 0.01
 
 
 def test_an_edit_at_a_site_that_its_module_does_not_list(model):

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -62,6 +63,11 @@ class Probe(eqx.Module):
                     "edit must be an Edit, a function edit(site, value, layer), or several of "
                     f"them, not {edit!r}."
                 )
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether an edit is or has a plain function, which may see what changes between calls."""
+        return any(callable(leaf) for leaf in jax.tree.leaves(self.edit))
 
     def visits(self, site: str) -> bool:
         """Whether the site is read or edited."""

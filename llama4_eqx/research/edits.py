@@ -82,7 +82,7 @@ class Patch(LocalEdit):
 class Scale(LocalEdit):
     """Multiplies by `factor`."""
 
-    factor: ArrayLike
+    factor: ArrayLike = eqx.field(converter=jnp.asarray)
 
     def change(self, site: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
         return value * jnp.asarray(self.factor, value.dtype)
@@ -91,7 +91,7 @@ class Scale(LocalEdit):
 class Ablate(LocalEdit):
     """Sets to zero, or to `mean`, which broadcasts against the site's value."""
 
-    mean: ArrayLike = 0.0
+    mean: ArrayLike = eqx.field(default=0.0, converter=jnp.asarray)
 
     def change(self, site: str, value: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.asarray(self.mean, value.dtype)
