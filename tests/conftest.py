@@ -2,12 +2,12 @@
 that share out work; compiled programs let go.
 
 Nearly all of the suite's time is compiling. So machine code is made in the quickest way: without
-LLVM's optimisation, and by XLA's older emitters of fusions where there still are some, three times
-as fast together (the graphs that XLA optimises are the users' own). What one file has compiled
-another reads from a cache that lasts as long as the process. Processes don't share it, since JAX
-writes its entries in place, where another one may read half of one. Tracing makes many objects and
-few of them garbage, so that is looked for more seldom; and programs don't say which line of Python
-each operation came from, which nobody reads here."""
+LLVM's optimisation, on one core, as the others have tests of their own, and by XLA's older emitters
+of fusions where there still are some, three times as fast together (the graphs that XLA optimises
+are the users' own). What one file has compiled another reads from a cache that lasts as long as the
+process. Processes don't share it, since JAX writes its entries in place, where another one may read
+half of one. Tracing makes many objects and few of them garbage, so that is looked for more seldom;
+and programs don't say which line of Python each operation came from, which nobody reads here."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidia0").exists
 import jax
 import pytest
 
-flags = ["--xla_backend_optimization_level=0"]
+flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 # Read when a backend starts; subprocesses of tests read them, too.
