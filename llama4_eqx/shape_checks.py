@@ -123,7 +123,8 @@ def _bind_axes(
 
 
 def _named_axes(shape: tuple[Any, ...], words: list[str]) -> list[tuple[str, Any]]:
-    """Each plain word and its size; `*batch` has a tuple of them."""
+    """Each plain word and its size; `*batch` has a tuple of them, unless it is empty, as of what
+    all rows share."""
     starred = [i for i, word in enumerate(words) if word.startswith("*")]
     if len(starred) > 1 or len(shape) < len(words) - len(starred) or "..." in words:
         return []
@@ -133,5 +134,5 @@ def _named_axes(shape: tuple[Any, ...], words: list[str]) -> list[tuple[str, Any
         shape = (*shape[: starred[0]], batch, *shape[end:])
     elif len(shape) != len(words):
         return []
-    pairs = zip(words, shape, strict=True)
-    return [(w.lstrip("*"), s) for w, s in pairs if w.lstrip("*").isidentifier()]
+    pairs = [(word.lstrip("*"), size) for word, size in zip(words, shape, strict=True)]
+    return [(word, size) for word, size in pairs if word.isidentifier() and size != ()]

@@ -44,6 +44,10 @@ context = Context(placed, rope(placed.positions))
 attempt(lambda: mixer(jnp.zeros((2, 5, 64)), context)[0])
 attempt(lambda: model(jnp.zeros((2, 5), int)).logits)
 attempt(lambda: l4.generate(model, np.ones((2, 5), int), max_new_tokens=2))
+sizes = dict(hidden_size=32, num_attention_heads=2, intermediate_size=128, projector_input_dim=24)
+sizes |= dict(num_hidden_layers=2, vision_output_dim=24, image_size=28, patch_size=7)
+vision = l4.VisionModel(l4.VisionConfig(**sizes, projector_output_dim=24), key=jax.random.key(0))
+attempt(lambda: vision(jnp.zeros((1, 3, 28, 28))))
 """
     begin = "import llama4_eqx as l4\n"
     rest = (
@@ -56,6 +60,7 @@ attempt(lambda: l4.generate(model, np.ones((2, 5), int), max_new_tokens=2))
         "ValueError Attention: the axis 'batch' is (2,) in x but (1,) in context.tokens.positions.",
         "(2, 5, 256)",
         "(2, 2)",
+        "(1, 4, 24)",
     ]
     plain = in_a_process_of_its_own(begin + rest).splitlines()
     assert plain[:2] == ["(3, 8)", "(3, 8)"]
