@@ -212,9 +212,10 @@ def make_train_step(
 
 
 def _on_one_cpu(tree: PyTree) -> bool:
-    """Whether all arrays, or shapes, are on the same CPU; not inside another transformation, as
-    only an outermost `jit` takes options."""
-    if get_opaque_trace_state() != _NOT_TRACING:
+    """Whether all arrays, or shapes, are on the only CPU: if there are more, a mesh in the model or
+    in the loss function may bring them in. Not inside another transformation, as only an outermost
+    `jit` takes options."""
+    if jax.device_count() > 1 or get_opaque_trace_state() != _NOT_TRACING:
         return False
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, _ARRAY_OR_SHAPE)]
     shardings = [leaf.sharding for leaf in leaves if leaf.sharding is not None]
