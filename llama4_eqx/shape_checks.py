@@ -115,6 +115,8 @@ def _bind_axes(
     options = [h for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "dim_str")]
     if options:
         for word, size in _named_axes(shape, options[0].dim_str.split()):
+            if size == () and word in sizes:  # all rows of what came before share it
+                continue
             known, before = sizes.setdefault(word, (size, name))
             if known != size:
                 raise ValueError(
@@ -123,8 +125,7 @@ def _bind_axes(
 
 
 def _named_axes(shape: tuple[Any, ...], words: list[str]) -> list[tuple[str, Any]]:
-    """Each plain word and its size; `*batch` has a tuple of them, unless it is empty, as of what
-    all rows share."""
+    """Each plain word and its size; `*batch` has a tuple of them."""
     starred = [i for i, word in enumerate(words) if word.startswith("*")]
     if len(starred) > 1 or len(shape) < len(words) - len(starred) or "..." in words:
         return []
@@ -134,5 +135,5 @@ def _named_axes(shape: tuple[Any, ...], words: list[str]) -> list[tuple[str, Any
         shape = (*shape[: starred[0]], batch, *shape[end:])
     elif len(shape) != len(words):
         return []
-    pairs = [(word.lstrip("*"), size) for word, size in zip(words, shape, strict=True)]
-    return [(word, size) for word, size in pairs if word.isidentifier() and size != ()]
+    pairs = zip(words, shape, strict=True)
+    return [(w.lstrip("*"), s) for w, s in pairs if w.lstrip("*").isidentifier()]
