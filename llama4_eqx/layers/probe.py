@@ -26,7 +26,8 @@ class Edit(eqx.Module):
         """The value to use instead, of the same shape and dtype.
 
         `layer` is the layer's number, or -1 outside of the layers. Where layers are scanned it is
-        traced: compare it with `jnp.where`, not with `if`.
+        traced: compare it with `jnp.where`, not with `if`. There this code runs once for all
+        calls with equal shapes: write it as for `jax.jit`.
         """
 
 
