@@ -1,7 +1,7 @@
 """Which weights of a model are kept in few bits."""
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,13 @@ class Quantization:
         if self.group_size is not None and self.group_size < 2:
             raise ValueError(f"group_size must be at least 2, but is {self.group_size}.")
 
-    def of(self, weight: Float[Array, "..."], inputs: tuple[int, ...]) -> Quantized:
-        """The weight in few bits; `inputs` are the axes that its product sums over."""
-        return quantized(weight, inputs, self.dtype, self.group_size)
+    def of(
+        self, weight: Float[Array, "..."], inputs: tuple[int, ...], shardings: Any = None
+    ) -> Quantized:
+        """The weight in few bits, sharded if wanted; `inputs` are the axes that its product sums
+        over. It is compiled once for weights of equal shapes."""
+        rounded = jax.jit(quantized, static_argnums=(1, 2, 3), out_shardings=shardings)
+        return rounded(weight, inputs, self.dtype, self.group_size)
 
     def inputs(self, model: PyTree) -> dict[str, tuple[int, ...]]:
         """The names of the weights, and the axes of each that its product sums over. `model` may
@@ -77,8 +81,6 @@ def quantize(model: Llama4, quantization: Quantization | None = None) -> Llama4:
 
     def convert(path, leaf):
         axes = inputs.get(leaf_name(path))
-        if axes is None:
-            return leaf
-        return jax.jit(partial(quantization.of, inputs=axes))(leaf)
+        return leaf if axes is None else quantization.of(leaf, axes)
 
     return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_quantized)

@@ -36,6 +36,23 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
 
+compilations: list[str] = []
+
+
+def note_compilation(event: str, _seconds: float, fun_name: str = "", **_: str) -> None:
+    if event.endswith("backend_compile_duration"):
+        compilations.append(fun_name)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
+@pytest.fixture
+def compiled():
+    """The functions compiled since the test began, or since it cleared the list."""
+    compilations.clear()
+    return compilations
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():

@@ -45,6 +45,13 @@ def model(folder):
     return l4.load_checkpoint(folder)
 
 
+@pytest.fixture(scope="module")
+def in_groups(model, request):
+    """A model with weights in groups, and the logits of what they stand for."""
+    small = quantize(model, request.param)
+    return small, logits(dequantized(small), random_tokens(2, 21))
+
+
 def logits(model, tokens, **options):
     return eqx.filter_jit(lambda model, tokens: model(tokens, **options).logits)(model, tokens)
 
@@ -101,18 +108,18 @@ def test_groups_that_do_not_fit(dtype, group_size):
 
 @pytest.mark.parametrize("form", ["scanned", "unrolled", "experts apart"])
 @pytest.mark.parametrize(
-    "quantization",
+    "in_groups",
     [
         Quantization(dtype=jnp.int4, group_size=16),
         Quantization(dtype=jnp.int8, group_size=8),
         Quantization(("*experts*_proj",), jnp.int4),
     ],
     ids=str,
+    indirect=True,
 )
-def test_a_model_in_groups_is_the_dequantised_one(model, quantization, form):
+def test_a_model_in_groups_is_the_dequantised_one(in_groups, form):
     """Exactly the same products: no activation is rounded."""
-    small, tokens = quantize(model, quantization), random_tokens(2, 21)
-    truth = logits(dequantized(small), tokens)
+    (small, truth), tokens = in_groups, random_tokens(2, 21)
     if form != "scanned":
         small = small.unstacked(experts=form == "experts apart")
     assert relative_error(logits(small, tokens), truth) < 1e-5
@@ -208,6 +215,20 @@ def test_quantised_while_loading_on_a_mesh(folder, scheme):
     assert eqx.tree_equal(unshard(sharded), whole)
     down = sharded.decoder.blocks[0].layers[1].feed_forward.experts.down_proj
     assert down.numbers.sharding.shard_shape(down.numbers.shape) != down.numbers.shape
+
+
+@pytest.mark.parametrize("scheme", [Quantization(), Quantization(dtype=jnp.int4, group_size=8)])
+def test_weights_of_equal_shapes_are_rounded_by_one_program(folder, model, scheme, compiled):
+    """However many they are, of a model or a folder."""
+    apart = model.unstacked(experts=True)
+    jax.clear_caches()
+    compiled.clear()
+    weights = quantised_weights(quantize(apart, scheme))
+    assert 0 < len(compiled) == len({weight.shape for weight in weights}) < len(weights)
+    jax.clear_caches()
+    compiled.clear()
+    weights = quantised_weights(l4.load_checkpoint(folder, quantize=scheme))
+    assert 0 < compiled.count("jit(quantized)") <= len({weight.shape for weight in weights})
 
 
 def test_quantised_while_loading(folder, model):

@@ -14,7 +14,7 @@ from llama4_eqx.vision_config import VisionConfig
 
 SCOUT = replace(Llama4Config.tiny().text_config, num_hidden_layers=4, no_rope_layer_interval=2)
 MAVERICK = replace(
-    Llama4Config.tiny().text_config,
+    SCOUT,
     rope_scaling=None,
     use_qk_norm=False,
     interleave_moe_layer_step=2,
@@ -22,7 +22,7 @@ MAVERICK = replace(
 )
 TOYS: dict[str, TextConfig] = {
     "scout": SCOUT,
-    "maverick": MAVERICK,
+    "maverick": replace(MAVERICK, num_hidden_layers=8, no_rope_layer_interval=4),
     "irregular": replace(
         MAVERICK,
         use_qk_norm=True,

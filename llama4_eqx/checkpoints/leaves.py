@@ -70,8 +70,7 @@ def rounded(
         axes = tuple(axis - 1 for axis in inputs) if layered else inputs
         sharding = None if shardings is None else shardings.numbers
         value = _read_plain(tensor, stored, get_slice, sharding)
-        quantize = partial(quantization.of, inputs=axes)
-        return jax.jit(quantize, out_shardings=shardings)(jnp.asarray(value, dtype))
+        return quantization.of(jnp.asarray(value, dtype), axes, shardings)
 
     shapes = jax.eval_shape(
         partial(quantization.of, inputs=inputs), jax.ShapeDtypeStruct(shape, dtype)
@@ -102,25 +101,31 @@ def as_stored(
     scale_axes = (tensor.axes[0], groups, *tensor.axes[2:])
     depth = shape[: len(shape) - len(tensor.shape_in_leaf)]
 
-    def made(numbers: Num[Array, "..."], scale: Num[Array, "..."]) -> Quantized:
-        numbers = numbers if packed is None else pack_pairs(numbers, packed)
-        return Quantized(numbers, scale, dtype, packed)
-
     def read(tensor: Tensor, stored: Stored, _: GetSlice, shardings: Shardings) -> Any:
         of_numbers, of_scale = (None, None) if shardings is None else jax.tree.leaves(shardings)
         numbers = view(stored, partial(_part, name="numbers"))
         scale = view(stored, partial(_part, name="scales"))
-        return jax.jit(made, out_shardings=shardings)(
+        stand_in = jax.jit(_stand_in, static_argnums=(2, 3), out_shardings=shardings)
+        return stand_in(
             _read(numbers, tensor.axes, tensor.offset, of_numbers, number_dtype),
             _read(scale, scale_axes, tensor.offset, of_scale, scale_dtype),
+            dtype,
+            packed,
         )
 
     shapes = jax.eval_shape(
-        made,
+        partial(_stand_in, dtype=dtype, packed=packed),
         jax.ShapeDtypeStruct(shape, number_dtype),
         jax.ShapeDtypeStruct((*depth, *_sizes(scale_axes)), scale_dtype),
     )
     return LeafPlan(shapes, read)
+
+
+def _stand_in(
+    numbers: Num[Array, "..."], scale: Num[Array, "..."], dtype: DTypeLike, packed: int | None
+) -> Quantized:
+    numbers = numbers if packed is None else pack_pairs(numbers, packed)
+    return Quantized(numbers, scale, dtype, packed)
 
 
 def _part(one: Single, name: str) -> Any:

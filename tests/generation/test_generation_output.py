@@ -112,11 +112,7 @@ def test_rewinding(model):
     assert relative_error(logits, prefill(model, other, fresh)[0]) < 1e-5
 
 
-def test_sixty_lengths_compile_a_handful_of_programs(model):
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
-    )
+def test_sixty_lengths_compile_a_handful_of_programs(model, compiled):
     prompts = [random_tokens(1, length) for length in range(1, 61)]
     wanted = [l4.generate(model, prompts[30], max_new_tokens=4)]
     jax.clear_caches()
