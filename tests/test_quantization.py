@@ -24,7 +24,8 @@ from llama4_eqx.distributed import (
 from llama4_eqx.layers import Backends, Quantized, dequantized, grouped_mlp
 from llama4_eqx.layers.grouped import _row_by_row
 from llama4_eqx.layers.grouped_quantized import quantized_dense_mlp, quantized_ragged_mlp
-from llama4_eqx.layers.quantized import quantized, quantized_product
+from llama4_eqx.layers.quantized import quantized
+from llama4_eqx.layers.quantized_products import _products_in_blocks, quantized_product
 from llama4_eqx.quantization import Quantization, quantize
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import MAVERICK, SCOUT, random_tokens, reference_model, relative_error
@@ -138,6 +139,20 @@ def test_products_and_their_gradients(dtype):
     ours, our_vjp = jax.vjp(lambda rows: quantized_product(rows, small), rows)
     assert relative_error(ours, truth) < (1e-2 if dtype == jnp.int8 else 1e-5)
     assert relative_error(our_vjp(truth)[0], vjp(truth)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "group_size"), [(jnp.int4, 16), (jnp.int4, 1), (jnp.int8, 32)])
+@pytest.mark.parametrize("outputs", [100, 128, 300, 512, 1160])
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_products_in_blocks(dtype, group_size, outputs, inputs):
+    """As TPUs compute those of a large weight: the last block may overlap the one before."""
+    shape = (2, 64, outputs) if inputs == 1 else (2, outputs, 64)
+    weight = quantized(jax.random.normal(jax.random.key(0), shape), (inputs,), dtype, group_size)
+    rows = jax.random.normal(jax.random.key(1), (2, 3, 64))
+    equation = "erd,edf->erf" if inputs == 1 else "erd,efd->erf"
+    truth = jnp.einsum(equation, rows, weight.dequantized())
+    ours = jax.jit(_products_in_blocks, static_argnums=(2, 3))(rows, weight, inputs, 160 * 64)
+    assert relative_error(ours, truth) < 1e-6
 
 
 def expert_weights(dtype, group_size=None):

@@ -113,7 +113,7 @@ def _read_of(program: Program, inside: Computation, name: str) -> int | None:
             part = _size(user.results)
         elif user.opcode in _WRITES_PART and user.operands[0] == name:
             part = 0
-        elif user.opcode == "bitcast":
+        elif user.opcode in ("bitcast", "copy") or _only_copies(program, user):
             part = _read_of(program, inside, user.name)
         elif user.opcode == "fusion":
             nested = program.computations[user.called[0]]
@@ -124,6 +124,17 @@ def _read_of(program: Program, inside: Computation, name: str) -> int | None:
             return None
         total += part
     return total
+
+
+def _only_copies(program: Program, fusion: Instruction) -> bool:
+    """Whether it is a fusion that gives its operand another layout; inside another one, of which
+    that's a name for the same numbers."""
+    if fusion.opcode != "fusion":
+        return False
+    return {one.opcode for one in program.computations[fusion.called[0]].values()} == {
+        "parameter",
+        "copy",
+    }
 
 
 def _written(inside: Computation, fusion: Instruction) -> int:

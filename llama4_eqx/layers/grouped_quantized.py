@@ -6,7 +6,8 @@ from jaxtyping import Array
 
 from llama4_eqx.layers.activation import Activation, gated_product
 from llama4_eqx.layers.blocked import block_size, has_expert, visit_blocks, widen, write_rows
-from llama4_eqx.layers.quantized import LEAST_ROWS, Quantized, int8_product
+from llama4_eqx.layers.quantized import Quantized
+from llama4_eqx.layers.quantized_products import LEAST_ROWS, int8_product, products_in_groups
 
 # Above so many rows, the work in vain of a dense product costs more than reading wide weights.
 MOST_DENSE_ROWS = 128
@@ -38,16 +39,12 @@ def quantized_dense_mlp(
     """By products of all rows with all experts, for few rows: they read numbers of few bits as
     such, which ragged ones don't on GPUs, and on TPUs not with scales of groups."""
 
-    def products(x: Array, weight: Array) -> Array:
-        weight = weight.astype(x.dtype)
-        return jnp.einsum("etd,edf->etf", x, weight, preferred_element_type=jnp.float32)
-
     def product(x: Array, weight: Quantized) -> Array:
-        if weight.scales_outputs(1):
-            return (products(x, weight.numbers) * weight.scale.astype(jnp.float32)).astype(x.dtype)
-        parts = weight.by_parity()
-        outs = (products(x[..., i :: len(parts)], p.dequantized()) for i, p in enumerate(parts))
-        return sum(outs, start=jnp.zeros((), jnp.float32)).astype(x.dtype)
+        if not weight.scales_outputs(1):
+            return products_in_groups(x, weight, 1).astype(x.dtype)
+        numbers = weight.numbers.astype(x.dtype)
+        out = jnp.einsum("etd,edf->etf", x, numbers, preferred_element_type=jnp.float32)
+        return (out * weight.scale.astype(jnp.float32)).astype(x.dtype)
 
     gate, up, down = weights
     # Rows for each expert: for a product with the same ones, GPUs would transpose the weights.

@@ -11,7 +11,8 @@ from llama4_eqx.layers.cpu_products import (
     product_in_halves,
 )
 from llama4_eqx.layers.platforms import by_platform
-from llama4_eqx.layers.quantized import Quantized, quantized_product
+from llama4_eqx.layers.quantized import Quantized
+from llama4_eqx.layers.quantized_products import quantized_product
 from llama4_eqx.layers.remat import save_residual
 
 

@@ -1,5 +1,6 @@
 """A weight of few bits, as a leaf in place of the weight itself."""
 
+import math
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -9,15 +10,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from llama4_eqx.layers.cpu_products import product, product_in_blocks
-
 T = TypeVar("T")
 # The number of each dtype that stands for the largest weight of a scale.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
-# XLA's CPU compiler has a fast product of int8 matrices, but none of a matrix and few rows.
-LEAST_ROWS = 4
-# Blocks of the inputs, in a product of one row with int8.
-_BLOCKS = 16
 
 
 class Quantized(eqx.Module):
@@ -52,6 +47,11 @@ class Quantized(eqx.Module):
     def ndim(self) -> int:
         """The number of the weight's axes."""
         return self.numbers.ndim
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight has."""
+        return math.prod(self.shape)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -179,61 +179,3 @@ def weight_shapes(tree: T) -> T:
         tree,
         is_leaf=is_quantized,
     )
-
-
-@jax.custom_vjp
-def quantized_product(
-    rows: Float[Array, "rows in_features"], weight: Quantized
-) -> Float[Array, "rows out_features"]:
-    """`rows · weightᵀ`, of a weight `[out_features, in_features]`."""
-
-    def by_cast(rows: Array, numbers: Array, scale: Array) -> Array:
-        out = product(rows, numbers.astype(rows.dtype))
-        return (out.astype(jnp.float32) * scale).astype(rows.dtype)
-
-    def by_int8(rows: Array, numbers: Array, scale: Array) -> Array:
-        return (int8_product(rows, numbers, 1) * scale).astype(rows.dtype)
-
-    if not weight.scales_outputs(1):
-        parts = weight.by_parity()
-        products = (
-            product(rows[:, i :: len(parts)], part.dequantized().astype(rows.dtype), jnp.float32)
-            for i, part in enumerate(parts)
-        )
-        return sum(products, start=jnp.zeros((), jnp.float32)).astype(rows.dtype)
-    operands = rows, weight.numbers, weight.scale.T.astype(jnp.float32)
-    if weight.numbers.dtype != jnp.int8:
-        return by_cast(*operands)
-    return lax.platform_dependent(*operands, cpu=by_int8, default=by_cast)
-
-
-def _product_forward(rows: Array, weight: Quantized) -> tuple[Array, Any]:
-    return quantized_product(rows, weight), (rows[:0], weight)
-
-
-def _product_backward(residuals: Any, d_out: Array) -> tuple[Array, None]:
-    like, weight = residuals
-    if not weight.scales_outputs(1):
-        return product(d_out, weight.dequantized().astype(like.dtype), axis=0), None
-    scale = weight.scale.T.astype(jnp.float32)
-    scaled = (d_out.astype(jnp.float32) * scale).astype(like.dtype)
-    return product(scaled, weight.numbers.astype(like.dtype), axis=0), None
-
-
-quantized_product.defvjp(_product_forward, _product_backward)
-
-
-def int8_product(
-    rows: Float[Array, "rows in_features"], numbers: Int[Array, "..."], axis: int
-) -> Float[Array, "rows out_features"]:
-    """The product of rows with a matrix of int8, whose inputs are along that axis, as CPUs compute
-    it fast: of one row exactly, of several with each row rounded to int8."""
-    if len(rows) == 1 and rows.shape[1] % _BLOCKS == 0:
-        return product_in_blocks(rows, numbers, _BLOCKS, axis)
-    x = rows.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST["int8"]
-    scale = jnp.where(scale == 0, 1, scale)
-    x = jnp.round(x / scale).astype(jnp.int8)
-    few = max(0, LEAST_ROWS - len(x))
-    out = product(jnp.pad(x, ((0, few), (0, 0))), numbers, jnp.int32, axis)
-    return out[: len(x)].astype(jnp.float32) * scale

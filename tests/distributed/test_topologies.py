@@ -38,33 +38,33 @@ SCOUT = l4.Llama4Config.scout().text_config
 SMALL = replace(
     SCOUT,
     num_hidden_layers=1,
-    hidden_size=1024,
-    intermediate_size=2048,
-    intermediate_size_mlp=2048,
+    hidden_size=512,
+    intermediate_size=1024,
+    intermediate_size_mlp=1024,
     num_attention_heads=8,
     num_key_value_heads=2,
     vocab_size=2048,
-    attention_chunk_size=1024,
+    attention_chunk_size=512,
 )
 
 
-# Of int8 1.14: the compiler prefetches values into VMEM, and writes them back as a whole. Of int4
-# more, since it makes a scale for each number of a group in memory; without groups it wouldn't.
+# More of few bits, since the compiler prefetches values into VMEM, and writes them back as a whole.
 @pytest.mark.parametrize(
     ("quantization", "cache_dtype", "limit"),
     [
         (None, None, 1.05),
         (l4.Quantization(), None, 1.2),
         (None, "int8", 1.05),
-        (l4.Quantization(dtype=jnp.int4), None, 3.2),
+        (l4.Quantization(dtype=jnp.int4), None, 1.3),
     ],
     ids=["bfloat16", "int8", "cache int8", "int4"],
 )
 def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, limit):
-    """Four of Scout's layers, 16 rows with 8,192 tokens each, on sixteen chips."""
+    """A layer of Scout's with RoPE and one without, 16 rows with 8,192 tokens each, on sixteen
+    chips."""
     mesh = topology_mesh("v6e:4x4", {"tensor": 8, "expert": 2})
     rules = TENSOR | EXPERT_REPLICATED_TOKENS
-    config = l4.Llama4Config(replace(SCOUT, num_hidden_layers=4))
+    config = l4.Llama4Config(replace(SCOUT, num_hidden_layers=2, no_rope_layers=(1, 0)))
 
     def make():
         model = l4.Llama4(config, dtype=jnp.bfloat16, key=jax.random.key(0)).unstacked()
@@ -83,13 +83,13 @@ def test_decoding_reads_each_weight_and_cache_once(quantization, cache_dtype, li
 def test_a_training_step_computes_what_the_model_does():
     """No expert's weight gradient is made from all tokens, attention is splash attention, and what
     uneven routing may need costs nothing where it doesn't."""
-    rows, seq = 4, 2048
+    rows, seq = 4, 1024
     mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "expert": 2})
     program, _ = training_step(SMALL, mesh, FSDP | EXPERT_ALL_TO_ALL, rows, seq)
-    of_token = 20 * 128 * 1024 + 3 * 1024 * 2048 + 16 * 1024  # attention, shared expert, router
+    of_token = 20 * 128 * 512 + 3 * 512 * 1024 + 16 * 512  # attention, shared expert, router
     # A round has room for half as many tokens again; attention kernels don't say what they compute.
     # Of a single layer, the compiler keeps what a scan would have recomputed.
-    expected = 6 * rows * seq / 4 * (of_token + 1.5 * 3 * 1024 * 2048 + 2048 * 1024)
+    expected = 6 * rows * seq / 4 * (of_token + 1.5 * 3 * 512 * 1024 + 2048 * 512)
     assert program_costs(program).flops == pytest.approx(expected, rel=0.02)
     text = program.as_text()
     assert "tgmm" in text
@@ -99,11 +99,11 @@ def test_a_training_step_computes_what_the_model_does():
 def test_rows_between_layers_are_scattered():
     """With sequence parallelism nothing of the tokens' features is all-reduced."""
     mesh = topology_mesh("v5p:2x2x1", {"fsdp": 2, "tensor": 2})
-    program, _ = training_step(SMALL, mesh, FSDP | TENSOR | SEQUENCE, 4, 2048)
+    program, _ = training_step(SMALL, mesh, FSDP | TENSOR | SEQUENCE, 4, 1024)
     kinds = [
         one.kind
         for one in collectives(program, mesh)
-        if one.axes == ("tensor",) and one.shape[-1:] == (1024,) and len(one.shape) == 3
+        if one.axes == ("tensor",) and one.shape[-1:] == (512,) and len(one.shape) == 3
     ]
     assert "all-reduce" not in kinds
     assert {"reduce-scatter", "all-gather"} <= {*kinds}
@@ -155,17 +155,22 @@ def test_a_slice_that_there_is_not(topology, sentence):
 
 
 def test_the_example(tmp_path):
-    """It says what a device holds, reads and sends; and a slice's size if the mesh has another."""
+    """It says what a device holds, reads and sends, of eight layers; and a slice's size if the mesh
+    has another."""
     code = (
-        "import json, sys, plan\n"
+        "import json, sys, plan, llama4_eqx as l4\n"
+        "from dataclasses import replace\n"
+        "scout = l4.Llama4Config.scout()\n"
+        "text = replace(scout.text_config, num_hidden_layers=8)\n"
+        "l4.Llama4Config.scout = lambda: replace(scout, text_config=text)\n"
         "p = plan.main(sys.argv[1:])\n"
-        "print(json.dumps([p.costs.hbm_bytes / p.ideal_bytes, p.peak]))"
+        "print(json.dumps([p.costs.hbm_bytes / p.ideal_bytes, p.peak / sum(p.held.values())]))"
     )
     serve = ["scout", "serve", "--seq", "1024", "--mesh", "tensor=8 expert=2", "--topology"]
     *said, told = python("-c", code, *serve, "v6e:4x4", cwd=tmp_path).splitlines()
-    ratio, peak = json.loads(told)
-    assert 0.9 < ratio < 1.1
-    assert 14.8e9 < peak < 16e9
+    read, peak = json.loads(told)
+    assert 0.9 < read < 1.1
+    assert 1 < peak < 1.05
     assert any("all-reduce" in line and "along tensor" in line for line in said)
     refused = refusal("plan.py", *serve, "v6e:8x8", cwd=tmp_path)
     assert "v6e:8x8 has 64 devices" in refused
