@@ -27,7 +27,7 @@ def width(picture: Path) -> int:
 
 
 def test_lens(facts_folder):
-    said = run("lens.py", cwd=facts_folder, env=OPTIMISED)
+    said = run("lens.py", cwd=facts_folder)
     assert "layer 7: 'Stockholm.'" in said
     plain, tuned = (
         [float(x) for x in re.search(rf"{name} \[(.*)\]", said)[1].split(",")]
@@ -39,7 +39,7 @@ def test_lens(facts_folder):
 
 
 def test_patching(facts_folder):
-    said = run("patching.py", cwd=facts_folder, env=OPTIMISED)
+    said = run("patching.py", cwd=facts_folder)
     before, after = map(
         float, re.search(r"(-[\d.]+) nats as it is, ([\d.]+) at best", said).groups()
     )
@@ -52,14 +52,14 @@ def test_patching(facts_folder):
 
 
 def test_steering(facts_folder):
-    said = run("steering.py", cwd=facts_folder, env=OPTIMISED)
+    said = run("steering.py", cwd=facts_folder)
     counts = np.array([json.loads(row) for row in re.findall(r"layer \d: (\[.*\])", said)])
     assert counts.shape == (8, 5)
     assert counts[:, 0].max() <= 2 < counts.max()
 
 
 def test_routing(facts_folder):
-    said = run("routing.py", cwd=facts_folder, env=OPTIMISED)
+    said = run("routing.py", cwd=facts_folder)
     losses = [float(x) for x in re.findall(r"(?:none|expert \d) +([\d.]+)$", said, re.MULTILINE)]
     assert len(losses) == 5
     assert min(losses[1:]) >= losses[0]
