@@ -23,9 +23,9 @@ def check_key(key: Any) -> None:
         )
 
 
-def whole_number(name: str, given: Any, *, least: int | None = 1) -> int:
+def whole_number(name: str, given: Any, *, least: int | None = 1, is_int32: bool = False) -> int:
     """A count as Python's `int`, whatever library's integer it was. Raises a `ValueError` for
-    anything else, and below `least`, if there is one."""
+    anything else, below `least`, if there is one, and for what an int32 can't hold, if it must."""
     try:
         number = None if isinstance(given, bool | np.bool_) else operator.index(given)
     except TypeError:
@@ -33,6 +33,8 @@ def whole_number(name: str, given: Any, *, least: int | None = 1) -> int:
     if number is None or (least is not None and number < least):
         bound = "" if least is None else f" from {least}"
         raise ValueError(f"{name} must be a whole number{bound}, not {given!r}.")
+    if is_int32 and number >= 2**31:
+        raise ValueError(f"{name} must be below 2³¹, but is {str(number)[:20]}.")
     return number
 
 

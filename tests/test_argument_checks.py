@@ -147,6 +147,16 @@ def test_counts(model, call, name, number):
         call(model, number)
 
 
+@pytest.mark.parametrize("number", [2**31, 10**400], ids=["2**31", "10**400"])
+def test_counts_and_ids_beyond_32_bits(model, number):
+    with pytest.raises(ValueError, match="max_new_tokens must be below 2³¹, but is "):
+        l4.generate(model, TOKENS, max_new_tokens=number)
+    with pytest.raises(ValueError, match="A stop id must be below 2³¹, but is "):
+        l4.generate(model, TOKENS, stop_ids=[1, number], **NEW)
+    with pytest.raises(ValueError, match="A token id must be below 2³¹, but is "):
+        generation.BannedTokens([number])
+
+
 @pytest.mark.parametrize("stop_ids", ["</s>", [2.5], -1, [None]], ids=str)
 def test_stop_ids(model, stop_ids):
     with pytest.raises(ValueError, match="A stop id must be a whole number from 0, not "):

@@ -17,6 +17,8 @@ from llama4_eqx.distributed import FSDP, TENSOR, shard
 from llama4_eqx.training import init_train_state, make_train_step, next_token_loss, select
 from tests.toys import IMAGE_TOKEN, MULTIMODAL, SCOUT, TOKENS_PER_TILE, random_tokens
 
+pytestmark = pytest.mark.slow
+
 
 def in_a_process_of_its_own(script: str) -> str:
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -22,6 +22,8 @@ from llama4_eqx.layers.rope import RotaryEmbedding
 from llama4_eqx.lowering import lower
 from tests.toys import MULTIMODAL, SCOUT, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 PLATFORMS = ("cpu", "tpu", "cuda")
 
 

@@ -30,6 +30,8 @@ from llama4_eqx.quantization import Quantization, quantize
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import MAVERICK, SCOUT, random_tokens, reference_model, relative_error
 
+pytestmark = pytest.mark.slow
+
 # A CPU rounds activations to int8, too: half of 1/127 of the largest, at every product.
 ROUNDED = 0.1
 

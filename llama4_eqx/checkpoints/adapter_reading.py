@@ -104,13 +104,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} has no {CONFIG}: give the folder of a PEFT adapter.")
     try:
         config = json.loads(path.read_bytes())
-        rank, alpha = config["r"], config["lora_alpha"]
-        valid = rank >= 1 and math.isfinite(alpha) and alpha != 0
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} isn't the config of a LoRA: r and lora_alpha.") from error
-    if config.get("peft_type") != "LORA" or not valid:
-        kind = config.get("peft_type")
+        kind, rank, alpha = config.get("peft_type"), config.get("r"), config.get("lora_alpha")
+        alphas = [alpha, *(config.get("alpha_pattern") or {}).values()]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} isn't the config of an adapter.") from error
+    if kind != "LORA":
         raise CheckpointError(f"{path} is of a {kind} adapter: only LoRA can be read.")
+    if not (type(rank) is int and 1 <= rank < 2**31 and all(map(_is_alpha, alphas))):
+        raise CheckpointError(
+            f"{path} isn't the config of a LoRA: r must be a whole number from 1, and "
+            "lora_alpha and the values of alpha_pattern numbers, but not 0."
+        )
     odd = [name for name, neutral in _NEUTRAL.items() if config.get(name) not in neutral]
     if odd:
         raise CheckpointError(
@@ -118,6 +122,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "LoRA: merge the adapter with peft (`merge_and_unload`) and load the result."
         )
     return config
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 1e-30 < abs(value) < 1e30
 
 
 def _read_weights(folder: Path) -> dict[str, dict[str, np.ndarray]]:

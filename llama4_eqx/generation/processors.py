@@ -199,7 +199,7 @@ class Automaton(LogitsProcessor):
 
 def _as_ids(token_ids: Any, *, least: int) -> tuple[int, ...]:
     ids = [token_ids] if np.ndim(token_ids) == 0 else token_ids
-    return tuple(whole_number("A token id", i, least=least) for i in ids)
+    return tuple(whole_number("A token id", i, least=least, is_int32=True) for i in ids)
 
 
 def _check_penalty(

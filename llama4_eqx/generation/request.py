@@ -34,7 +34,7 @@ def _as_stop_ids(stop_ids: Any) -> tuple[int, ...]:
     if stop_ids is None:
         return ()
     ids = [stop_ids] if np.ndim(stop_ids) == 0 else stop_ids
-    return tuple(whole_number("A stop id", i, least=0) for i in ids)
+    return tuple(whole_number("A stop id", i, least=0, is_int32=True) for i in ids)
 
 
 def _as_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
@@ -73,7 +73,9 @@ class Request(eqx.Module):
 
     tokens: TokenIds = eqx.field(converter=_as_tokens)
     _: KW_ONLY
-    max_new_tokens: int = eqx.field(converter=lambda n: whole_number("max_new_tokens", n))
+    max_new_tokens: int = eqx.field(
+        converter=lambda n: whole_number("max_new_tokens", n, is_int32=True)
+    )
     mask: Mask | None = None
     pixel_values: Pixels | None = eqx.field(default=None, converter=_as_array)
     image_embeddings: Float[Array, "tiles image_tokens hidden"] | None = None

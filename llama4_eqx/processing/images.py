@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _MOST_TILES = 10_000
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Fit(NamedTuple):
@@ -164,11 +165,11 @@ class ImageProcessor:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float | np.number)
-        and not isinstance(value, bool)
-        and bool(np.isfinite(value))
-    )
+    """Whether float32 can hold it."""
+    value = value.item() if isinstance(value, np.number) else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= _LARGEST
 
 
 def _channels(

@@ -25,7 +25,10 @@ from tests.toys import (
     relative_error,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # peft's and accelerate's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # peft's and accelerate's own
+]
 TOLERANCE = 2e-5
 LINEAR = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -170,7 +173,13 @@ def test_names_of_a_wrapped_model(saved):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "IA3 adapter"),
         ({"r": "x"}, "isn't the config of a LoRA"),
+        ({"r": 10**400}, "isn't the config of a LoRA"),
+        ({"r": float("inf")}, "isn't the config of a LoRA"),
         ({"lora_alpha": None}, "isn't the config of a LoRA"),
+        ({"lora_alpha": 0}, "isn't the config of a LoRA"),
+        ({"lora_alpha": -(10**400)}, "isn't the config of a LoRA"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "isn't the config of a LoRA"),
+        ({"alpha_pattern": [8]}, "isn't the config of an adapter"),
     ],
     ids=lambda value: str(value)[:20],
 )

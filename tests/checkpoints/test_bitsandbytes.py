@@ -15,6 +15,8 @@ import llama4_eqx as l4
 from tests.checkpoints.test_compressed import logits
 from tests.toys import MAVERICK, SCOUT, as_torch, random_tokens, reference_model, relative_error
 
+pytestmark = pytest.mark.slow
+
 with redirect_stderr(StringIO()):  # it says that it finds no GPU's kernels
     import bitsandbytes.functional as bnb
 

@@ -21,6 +21,8 @@ from llama4_eqx.distributed import EXPERT_REPLICATED_TOKENS, FSDP, shardings, un
 from llama4_eqx.layers.quantized import dequantized, is_quantized
 from tests.toys import MAVERICK, SCOUT, as_torch, random_tokens, reference_model, relative_error
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 2e-5
 WEIGHTS = {
     "fp8 channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),

@@ -19,6 +19,8 @@ import llama4_eqx as l4
 from tests.test_invariants import random_model
 from tests.toys import MULTIMODAL, SCOUT, TOYS, reference_model
 
+pytestmark = pytest.mark.slow
+
 
 def same(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(

@@ -14,6 +14,8 @@ import llama4_eqx as l4
 from llama4_eqx.layers import dequantized
 from tests.toys import MAVERICK, MULTIMODAL, SCOUT, as_torch, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "int8": l4.Quantization(),
     "float8": l4.Quantization(dtype=jnp.float8_e4m3fn),

@@ -22,6 +22,8 @@ from llama4_eqx.checkpoints import folder_replacement, require_writable, saving
 from llama4_eqx.checkpoints.folder_replacement import Staging, recover
 from tests.checkpoints.killed_save import no_exchange, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def value_of(folder: Path) -> float:
     """The value of all weights, as `transformers` reads them."""

@@ -14,6 +14,8 @@ from llama4_eqx.config import Llama4Config
 from llama4_eqx.distributed import TENSOR, Rules, init_sharded, shard, unshard
 from tests.toys import SCOUT, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 # Half a step of int8, and of e4m3's 3 bits, is 1/254 of a head's largest number and 1/16 of any;
 # the softmax and the layers leave about that much of it in the logits.
 TOLERANCE = {"int8": 0.01, "float8_e4m3fn": 0.08}

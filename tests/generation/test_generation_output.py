@@ -13,6 +13,8 @@ from llama4_eqx.layers import Probe
 from tests.test_invariants import random_model
 from tests.toys import MAVERICK, SCOUT, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> l4.Llama4:

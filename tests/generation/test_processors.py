@@ -14,6 +14,8 @@ import llama4_eqx as l4
 from llama4_eqx import generation as gen
 from tests.toys import SCOUT, as_torch, random_tokens, reference_model
 
+pytestmark = pytest.mark.slow
+
 VOCAB = SCOUT.vocab_size
 FREE = {"do_sample": False, "pad_token_id": 0}
 

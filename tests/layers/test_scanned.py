@@ -15,6 +15,8 @@ from llama4_eqx.layers.moe import MoE, experts_weights
 from llama4_eqx.layers.scanned import ScannedWeight
 from tests.toys import MAVERICK, TOYS, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, HIDDEN, FF, LAYERS = 8, 16, 24, 3
 
 

@@ -14,6 +14,8 @@ from llama4_eqx.layers.quantized import quantized
 from llama4_eqx.layers.unstacked import unstacked_weight
 from tests.toys import MAVERICK
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, HIDDEN, FF = 5, 24, 40
 
 

@@ -124,6 +124,8 @@ def test_sizes_of_tokens_are_those_of_the_model(tmp_path):
         ({"image_mean": [0.5, 0.5]}, "mean must be"),
         ({"image_mean": ["0.5"] * 3}, "mean must be"),
         ({"image_mean": float("nan")}, "mean must be"),
+        ({"image_mean": 10**400}, "mean must be"),
+        ({"image_std": 10**39}, "std must be"),
         ({"image_std": [0.5, 0.5, 0]}, "std must be above 0"),
         ({"image_std": {}}, "std must be"),
         ({"do_resize": False}, "do_resize must be true; got False"),

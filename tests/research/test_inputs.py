@@ -26,6 +26,8 @@ from llama4_eqx.research import (
 )
 from tests.toys import MAVERICK, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 SMALL = replace(MAVERICK, num_hidden_layers=4)
 
 

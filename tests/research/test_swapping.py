@@ -28,6 +28,8 @@ from llama4_eqx.research import Ablate, Scale, in_layers, layer, replaced, separ
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss
 from tests.toys import SCOUT, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 CONFIG = replace(SCOUT, num_hidden_layers=12, no_rope_layer_interval=4)
 
@@ -167,7 +169,6 @@ def test_it_trains_and_takes_lora(model):
     assert relative_error(forward(lora.attached(), tokens), forward(odd, tokens)) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_it_is_sharded_by_its_axis_words(model):
     odd = replaced(model, "self_attn", linear_attention, layers=[1, 6])
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -46,6 +46,8 @@ from llama4_eqx.training import (
 )
 from tests.toys import MAVERICK, random_tokens
 
+pytestmark = pytest.mark.slow
+
 SMALL = replace(MAVERICK, num_hidden_layers=4)
 TOKENS, OTHER = random_tokens(2, 10)
 MOST_LINES = 7

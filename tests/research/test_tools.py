@@ -29,6 +29,8 @@ from llama4_eqx.research import (
 )
 from tests.toys import MAVERICK, SCOUT, as_torch, random_tokens, reference_model, relative_error
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 SMALL = replace(MAVERICK, num_hidden_layers=4)
 

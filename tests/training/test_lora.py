@@ -14,6 +14,8 @@ import llama4_eqx as l4
 from llama4_eqx.training import LoRA, init_train_state, make_train_step, next_token_loss, select
 from tests.toys import MAVERICK, MULTIMODAL, SCOUT, random_tokens, relative_error
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 # A scanned cycle of a chunk-local and a global layer: quick to compile.
 SMALL = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))

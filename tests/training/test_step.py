@@ -35,6 +35,8 @@ from tests.toys import (
     relative_error,
 )
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 # A scanned cycle of a chunk-local and a global layer: quick to compile.
 SMALL = replace(SCOUT, num_hidden_layers=4, no_rope_layers=(1, 0, 1, 0))
