@@ -87,9 +87,11 @@ def products_in_groups(
     each_has_scales = weights.scale.shape[outputs] == weights.shape[outputs]
     if weights.size <= _BLOCK_SIZE or not each_has_scales or not may_run_on("tpu"):
         return _products(rows, weights, inputs)
-    forms = {"tpu": _products_in_blocks, "default": _products}
     return by_platform(
-        rows, weights, **{name: partial(form, inputs=inputs) for name, form in forms.items()}
+        rows,
+        weights,
+        tpu=partial(_products_in_blocks, inputs=inputs),
+        default=partial(_products, inputs=inputs),
     )
 
 
@@ -120,13 +122,13 @@ def _products_in_blocks(
 
     def run(i: Array) -> Array:
         # The last block begins where it ends with the outputs.
-        start = i // blocks, jnp.minimum(i % blocks * block, size - block)
+        expert, start = i // blocks, jnp.minimum(i % blocks * block, size - block)
 
         def own_part(leaf: Array) -> Array:
-            leaf = lax.dynamic_slice_in_dim(leaf, start[0], 1)
-            return lax.dynamic_slice_in_dim(leaf, start[1], block, outputs)
+            leaf = lax.dynamic_slice_in_dim(leaf, expert, 1)
+            return lax.dynamic_slice_in_dim(leaf, start, block, outputs)
 
-        own_rows = lax.dynamic_slice_in_dim(rows, start[0], 1)
+        own_rows = lax.dynamic_slice_in_dim(rows, expert, 1)
         return _products(own_rows, jax.tree.map(own_part, weights), inputs)[0]
 
     out = lax.map(run, jnp.arange(experts * blocks)).reshape(experts, blocks, -1, block)
