@@ -210,6 +210,15 @@ def test_as_stored_the_numbers_stay(name, tmp_path):
         assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
 
 
+def test_as_stored_one_program_makes_all_weights_of_a_shape(tmp_path, compiled):
+    write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS["int4 groups"])
+    jax.clear_caches()
+    compiled.clear()
+    model = l4.load_checkpoint(tmp_path / "model", quantize="as stored")
+    weights = [x for x in jax.tree.leaves(model, is_leaf=is_quantized) if is_quantized(x)]
+    assert 0 < compiled.count("jit(_stand_in)") <= len({weight.shape for weight in weights})
+
+
 @pytest.mark.parametrize("name", ["fp8 tensor", "fp8 block", "int4 groups", "int4 channel"])
 def test_as_stored_the_logits_are_those_of_the_weights(name, tmp_path):
     write(tmp_path / "model", reference_model(SCOUT), *WEIGHTS[name])
