@@ -25,7 +25,7 @@ def check_key(key: Any) -> None:
 
 def whole_number(name: str, given: Any, *, least: int | None = 1, is_int32: bool = False) -> int:
     """A count as Python's `int`, whatever library's integer it was. Raises a `ValueError` for
-    anything else, below `least`, if there is one, and for what an int32 can't hold, if it must."""
+    anything else, below `least`, if there is one, and with `is_int32` from 2³¹ on."""
     try:
         number = None if isinstance(given, bool | np.bool_) else operator.index(given)
     except TypeError:

@@ -125,6 +125,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_alpha(value: Any) -> bool:
+    """Whether float32 can hold its ratio to any rank, and that to another one's."""
     return type(value) in (int, float) and 1e-30 < abs(value) < 1e30
 
 

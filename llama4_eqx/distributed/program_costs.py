@@ -127,14 +127,12 @@ def _read_of(program: Program, inside: Computation, name: str) -> int | None:
 
 
 def _only_copies(program: Program, fusion: Instruction) -> bool:
-    """Whether it is a fusion that gives its operand another layout; inside another one, of which
-    that's a name for the same numbers."""
+    """Whether it is a fusion that only gives its operand another layout. Inside another fusion that
+    reads nothing by itself."""
     if fusion.opcode != "fusion":
         return False
-    return {one.opcode for one in program.computations[fusion.called[0]].values()} == {
-        "parameter",
-        "copy",
-    }
+    nested = program.computations[fusion.called[0]]
+    return {one.opcode for one in nested.values()} == {"parameter", "copy"}
 
 
 def _written(inside: Computation, fusion: Instruction) -> int:
